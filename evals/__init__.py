@@ -1,0 +1,1 @@
+"""What pruning did to a model: perplexity now, benchmarks, statistics and the study to come."""

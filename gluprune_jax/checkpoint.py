@@ -1,0 +1,217 @@
+"""Orbax checkpoints that describe themselves: the parameters, the architecture and the caller's own metadata.
+
+    <checkpoint>/                 an Orbax v1 checkpoint
+      params/                     nested dictionary of `nnx.Param` arrays: layers / 0 / mlp / gate_proj
+      _CHECKPOINT_METADATA        holds, as custom metadata, format, version, config and the caller's metadata
+      files.json                  ours, written last: the size of every other file
+
+Orbax answers a missing or shortened file with hundreds of log lines and an error that names none; `files.json` lets
+us name it. It says nothing about bytes changed in place, which cost a full read to find.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model
+
+_FORMAT = "gluprune-orbax"
+_VERSION = 1
+_ITEM = "params"
+_FILES = "files.json"
+_ORBAX_MARKER = "_CHECKPOINT_METADATA"
+
+# (path of a parameter, such as ("layers", 3, "mlp", "gate_proj"), its stored shape and dtype) -> its sharding
+ShardingRule = Callable[[tuple[Any, ...], jax.ShapeDtypeStruct], Sharding]
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether `path` is the folder of a committed Orbax checkpoint, ours or not."""
+    return (path / _ORBAX_MARKER).is_file()
+
+
+def save_orbax(path: Path, model: Llama, metadata: Mapping[str, Any]) -> None:
+    """Saves the parameters of `model`, as stored, with its config.
+
+    Call it on every process. It returns when all is on the disk.
+
+    Args:
+      path: a folder that does not exist.
+      model: arrays of any dtype and sharding.
+      metadata: JSON to keep beside the arrays. The keys format, version and config are taken.
+
+    Raises:
+      RequestError: `path` exists.
+      OperationError: it cannot be written.
+    """
+    from orbax.checkpoint import v1 as ocp  # here: it costs a third of a second, to those who use it
+
+    path = path.absolute()
+    if path.exists():
+        raise RequestError(f"{path} exists; an Orbax checkpoint is written to a new folder")
+    own = {"format": _FORMAT, "version": _VERSION, "config": dataclasses.asdict(model.config)}
+    if taken := sorted(own.keys() & metadata.keys()):
+        raise ValueError(f"metadata has the keys {taken}, which the checkpoint uses itself")
+    arrays = {_names(at): variable.get_value() for at, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    try:
+        ocp.save_checkpointables(path, {_ITEM: _nested(arrays)}, custom_metadata={**metadata, **own})
+        if jax.process_index() == 0:
+            (path / _FILES).write_text(json.dumps(_sizes(path), indent=1), encoding="utf-8")
+    except Exception as error:  # Orbax passes on whatever its storage layers raise
+        raise OperationError(f"cannot write the Orbax checkpoint {path}: {_first_line(error)}") from error
+
+
+def load_orbax(path: Path, shardings: ShardingRule | None = None) -> tuple[Llama, dict[str, Any]]:
+    """Loads what `save_orbax` wrote, bit for bit and in the dtypes it was saved in.
+
+    Args:
+      path: the folder of the checkpoint.
+      shardings: says where each parameter goes; a process reads only its own shards. None puts everything on the
+        default device, wherever it was saved from.
+
+    Returns:
+      The model, and the caller's metadata.
+
+    Raises:
+      RequestError: `path` is no Orbax checkpoint, not one of ours, or one of a version or config that we do not know.
+      OperationError: it is damaged.
+    """
+    from orbax.checkpoint import v1 as ocp  # here: as above
+
+    path = path.absolute()
+    _check_files(path)
+    try:
+        stored = ocp.checkpointables_metadata(path)
+        found = _flat(stored.metadata[_ITEM])
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    config, metadata = _read_metadata(path, stored.custom_metadata)
+    graphdef, state = nnx.split(abstract_model(config))
+    flat = nnx.to_flat_state(state)
+    _check_parameters(path, {_names(at): variable.get_value().shape for at, variable in flat}, found)
+
+    rule = shardings or _default_device()
+    wanted = {}
+    for at, variable in flat:
+        leaf = variable.get_value().update(dtype=found[_names(at)].dtype)
+        wanted[_names(at)] = leaf.update(sharding=rule(at, leaf))
+    try:
+        loaded = ocp.load_checkpointables(path, {_ITEM: _nested(wanted)})
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    arrays = _flat(loaded[_ITEM])
+    filled = nnx.from_flat_state([(at, variable.replace(arrays[_names(at)])) for at, variable in flat])
+    model: Llama = nnx.merge(graphdef, filled)
+    return model, metadata
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(part) for part in path)
+
+
+def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for (*above, last), leaf in flat.items():
+        node = nested
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return nested
+
+
+def _flat(nested: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for name, node in nested.items():
+        flat |= _flat(node, (*above, name)) if isinstance(node, Mapping) else {(*above, name): node}
+    return flat
+
+
+def _default_device() -> ShardingRule:
+    (device,) = jax.device_put(0).devices()
+    return lambda path, leaf: SingleDeviceSharding(device)
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file != path / _FILES)
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+
+
+def _check_files(path: Path) -> None:
+    if not is_orbax(path):
+        raise RequestError(
+            f"{path} is not an Orbax checkpoint, or one whose writing was not finished: it has no {_ORBAX_MARKER}"
+        )
+    try:
+        expected = json.loads((path / _FILES).read_text(encoding="utf-8"))
+        actual = _sizes(path)
+    except FileNotFoundError as error:
+        raise RequestError(
+            f"{path} is not an Orbax checkpoint of gluprune, or one whose writing was not finished: it has no {_FILES}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise OperationError(f"{path / _FILES} cannot be read: {_first_line(error)}") from error
+    for name, size in expected.items():
+        if actual.get(name) != size:
+            found = f"has {actual[name]:,} bytes instead of {size:,}" if name in actual else "is missing"
+            raise OperationError(f"the checkpoint {path} is damaged: {name} {found}; copy or write it again")
+
+
+def _read_metadata(path: Path, stored: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    metadata = dict(stored or {})
+    if metadata.pop("format", None) != _FORMAT:
+        raise RequestError(f"{path} is not an Orbax checkpoint of gluprune: its metadata has no format {_FORMAT!r}")
+    if (version := metadata.pop("version", None)) != _VERSION:
+        raise RequestError(f"{path} has version {version} of the format {_FORMAT}; this gluprune reads {_VERSION}")
+    fields = metadata.pop("config", None)
+    try:
+        return _read_config(path, fields), metadata
+    except (TypeError, AttributeError) as error:
+        raise OperationError(f"the config of the checkpoint {path} cannot be read: {error}") from error
+
+
+def _read_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
+    _check_fields(path, "config", ModelConfig, fields)
+    rope = fields["rope_scaling"]
+    if rope is not None:
+        _check_fields(path, "config.rope_scaling", Llama3Rope, rope)
+        rope = Llama3Rope(**rope)
+    sizes = tuple(fields["intermediate_sizes"])
+    return ModelConfig(**{**fields, "intermediate_sizes": sizes, "rope_scaling": rope})
+
+
+def _check_fields(path: Path, where: str, kind: type, fields: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    problems = [f"no {name}" for name in sorted(known - fields.keys())]
+    problems += [f"an unknown {name}" for name in sorted(fields.keys() - known)]
+    if problems:
+        raise RequestError(f"the {where} of the checkpoint {path} has {', '.join(problems)}")
+
+
+def _check_parameters(path: Path, shapes: Mapping[tuple[str, ...], Any], found: Mapping[tuple[str, ...], Any]) -> None:
+    problems = [f"{'.'.join(name)} is missing" for name in sorted(shapes.keys() - found.keys())]
+    problems += [f"{'.'.join(name)} is unexpected" for name in sorted(found.keys() - shapes.keys())]
+    problems += [
+        f"{'.'.join(name)} is {list(found[name].shape)} instead of {list(shapes[name])}"
+        for name in sorted(shapes.keys() & found.keys())
+        if found[name].shape != shapes[name]
+    ]
+    if problems:
+        raise OperationError(f"the checkpoint {path} does not fit its own config: {'; '.join(problems)}")
+
+
+def _unreadable(path: Path, error: Exception) -> OperationError:
+    return OperationError(f"the checkpoint {path} is damaged or cannot be read: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

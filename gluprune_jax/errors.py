@@ -1,0 +1,20 @@
+"""The two ways a command can fail, and the exit status of each.
+
+Every message is one sentence that names the file, tensor, field or flag, what was found and what is accepted.
+"""
+
+
+class GlupruneError(Exception):
+    """Base of all errors that are reported to the user without a traceback."""
+
+    exit_status = 1
+
+
+class RequestError(GlupruneError):
+    """What was asked for cannot be done as asked: another flag, model or plan is the remedy. Exit status 2."""
+
+    exit_status = 2
+
+
+class OperationError(GlupruneError):
+    """Something underneath failed: a damaged file, the network, the disk. Exit status 1."""

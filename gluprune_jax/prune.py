@@ -1,0 +1,293 @@
+"""Prune the MLP neurons of a Llama-family model: `python -m gluprune_jax.prune`."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import convert
+from convert.model_card import model_card
+from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
+from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
+from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
+from gluprune_jax import terminal
+from gluprune_jax.atomic import check_file, check_target
+from gluprune_jax.errors import RequestError
+from gluprune_jax.generation import generate
+from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
+from gluprune_jax.model import Llama
+from gluprune_jax.plan import PruningPlan, make_plan, parse_layers
+from gluprune_jax.report import changes, show
+from gluprune_jax.slicing import slice_model
+
+PLAN_FILE = "gluprune_plan.json"
+
+Masks = tuple[np.ndarray[Any, Any], ...] | None
+
+DESCRIPTION = """\
+Removes the least important neurons of the gated MLP layers of a Llama-family model (arXiv 2512.22671) and writes a
+smaller checkpoint that stock transformers loads.
+
+examples:
+  python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --output smollm2-2.4x
+  python -m gluprune_jax.prune --model meta-llama/Llama-3.2-1B --prune-percent 40 --output llama-1b-p40
+  python -m gluprune_jax.prune --model llama-1b --width 4096 --dry-run
+  python -m gluprune_jax.prune --model llama-1b --expansion-ratio 2.4 --plan-out plan.json
+  python -m gluprune_jax.prune --model llama-1b --plan plan.json --output llama-1b-2.4x
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gluprune_jax.prune",
+        description=DESCRIPTION,
+        epilog=terminal.EXIT_STATUS,
+        formatter_class=terminal.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_NAMES, help="cast all weights as they are read (otherwise each stays as it is stored)"
+    )
+
+    target = parser.add_argument_group("how much to keep (one of these)").add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--expansion-ratio", metavar="R", help="intermediate size over hidden size: keep ceil(R x hidden size)"
+    )
+    target.add_argument(
+        "--prune-percent", type=float, metavar="P", help="remove int(P %% of the neurons) of each layer"
+    )
+    target.add_argument("--width", type=int, metavar="N", help="keep N neurons in each layer")
+    target.add_argument("--plan", type=Path, metavar="FILE", help="keep what this saved plan keeps")
+
+    which = parser.add_argument_group("which neurons")
+    which.add_argument("--criterion", choices=CRITERIA, default="ppm", help="how neurons are ranked")
+    which.add_argument("--multiple-of", type=int, default=1, metavar="M", help="floor the width to a multiple of M")
+    which.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="prune only these layers, such as 0-3,8,-1 (write --layers=-1,0 if a minus leads)",
+    )
+
+    output = parser.add_argument_group("what to write")
+    output.add_argument("--output", type=Path, metavar="DIR", help="folder for the pruned checkpoint")
+    output.add_argument(
+        "--format",
+        default="hf",
+        metavar="LIST",
+        help=f"{' and/or '.join(FORMATS)}, comma-separated; orbax goes to DIR/orbax",
+    )
+    output.add_argument("--plan-out", type=Path, metavar="FILE", help="save the plan")
+    output.add_argument("--overwrite", action="store_true", help="replace what is at DIR and FILE")
+    output.add_argument("--dry-run", action="store_true", help="show what would change and write nothing")
+    output.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+
+    measure = parser.add_argument_group("what to measure, before and after")
+    measure.add_argument(
+        "--evaluate",
+        nargs="+",
+        metavar="TEXT",
+        help=f"token perplexity on these text files, or on '{PYTHON_REFERENCE}' (the language reference in every Python)",
+    )
+    measure.add_argument("--evaluate-tokens", type=int, default=8192, metavar="N", help="tokens of the texts to use")
+    measure.add_argument("--window", type=int, default=512, metavar="N", help="tokens a perplexity window holds")
+    measure.add_argument(
+        "--random-baseline", action="store_true", help="also the perplexity with as many neurons removed at random"
+    )
+    measure.add_argument("--seed", type=int, default=0, help="of the random baseline")
+    measure.add_argument("--sample", metavar="PROMPT", help="greedy answer, in the chat template if the model has one")
+    measure.add_argument("--sample-tokens", type=int, default=64, metavar="N", help="most tokens of the answer")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "gluprune_jax.prune", *argv])
+    return terminal.run("gluprune", lambda: _prune(args, command), debug=args.debug)
+
+
+def _prune(args: argparse.Namespace, command: str) -> None:
+    formats = _check_request(args)
+    plan = None if args.plan is None else PruningPlan.load(args.plan)
+    clock = _Clock()
+    with terminal.byte_progress() as progress:
+        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, progress=progress)
+    model, dense = checkpoint.model, checkpoint.config
+    if not args.json:
+        for note in checkpoint.notes:
+            terminal.stderr().print(f"note: {note}", style="dim", markup=False)
+    clock.lap("load")
+
+    if plan is None:
+        plan = _make_plan(args, model)
+    else:
+        plan.check_fits(dense, fingerprint(model))
+    report = {"model": args.model, **changes(model, plan)}
+    clock.lap("score")
+    if args.plan_out and not args.dry_run:
+        plan.save(args.plan_out, overwrite=args.overwrite)
+        report["plan_out"] = str(args.plan_out)
+
+    if args.output and not args.dry_run:
+        measure = _Measurements(args, checkpoint) if args.evaluate or args.sample else None
+        if measure:
+            # The dense model runs under a mask only where the random baseline is to share its compiled program.
+            everything = dataclasses.replace(plan, kept=tuple(map(np.arange, dense.intermediate_sizes)))
+            measure.take("dense", model, everything.masks(dense) if args.random_baseline else None)
+            if args.random_baseline:
+                measure.take_random(model, plan)
+            clock.lap("measure")
+        checkpoint = dataclasses.replace(
+            checkpoint,
+            model=slice_model(model, plan, donate=True),
+            history=(*checkpoint.history, {"base_model": checkpoint.source, **plan.summary()}),
+        )
+        clock.lap("slice")
+        if measure:
+            measure.take("pruned", checkpoint.model)
+            report |= measure.report()
+            clock.lap("measure")
+        card = model_card(checkpoint, dense, report.get("evaluation"), command)
+        with terminal.byte_progress() as progress:
+            convert.save(
+                checkpoint,
+                args.output,
+                formats=formats,
+                overwrite=args.overwrite,
+                extra_files={"README.md": card, PLAN_FILE: plan.to_json()},
+                progress=progress,
+            )
+        clock.lap("save")
+        report |= {"output": str(args.output), "formats": formats}
+    report["seconds"] = clock.seconds
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report, Console(highlight=False))
+
+
+class _Clock:
+    """Seconds spent in each named part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = round(self.seconds.get(part, 0) + now - self._last, 3)
+        self._last = now
+
+
+def _check_request(args: argparse.Namespace) -> list[str]:
+    """Refuses early what could only fail late."""
+    formats = parse_formats(args.format)
+    if not (args.output or args.plan_out or args.dry_run):
+        raise RequestError("nothing to do: give --output DIR, --plan-out FILE or --dry-run")
+    if args.plan and args.plan_out:
+        raise RequestError("--plan-out would copy --plan; give one of them")
+    if args.plan and (args.layers or args.multiple_of != 1 or args.criterion != "ppm"):
+        raise RequestError("--plan decides what is kept; --criterion, --layers and --multiple-of go with making one")
+    if args.random_baseline and not args.evaluate:
+        raise RequestError("--random-baseline compares perplexities; give --evaluate too")
+    if (args.evaluate or args.sample) and not args.output:
+        raise RequestError("--evaluate and --sample compare the model with the pruned one; give --output too")
+    for flag in ("evaluate_tokens", "window", "sample_tokens"):
+        if getattr(args, flag) < 1:
+            raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
+    for name in args.evaluate or ():
+        read_text(name)
+    if args.dry_run:
+        return formats
+    if args.output:
+        check_target(args.output, args.overwrite)
+        refuse_own_folder(args.model, args.output)
+    if args.plan_out:
+        check_file(args.plan_out, args.overwrite)
+    return formats
+
+
+def _make_plan(args: argparse.Namespace, model: Llama) -> PruningPlan:
+    config = model.config
+    with terminal.count_progress("scoring neurons", config.num_hidden_layers, "layers") as progress:
+        scores = score(model, args.criterion, on_layer=lambda i: progress(i + 1))
+    return make_plan(
+        scores,
+        expansion_ratio=args.expansion_ratio,
+        prune_percent=args.prune_percent,
+        width=args.width,
+        multiple_of=args.multiple_of,
+        layers=None if args.layers is None else parse_layers(args.layers, config.num_hidden_layers),
+    )
+
+
+class _Measurements:
+    """Perplexities and sample answers of one model at its stages."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: convert.Checkpoint):
+        self._args = args
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._eos = end_of_sequence_ids(checkpoint)
+        self._perplexity: dict[str, Perplexity] = {}
+        self._answers: dict[str, str] = {}
+        self._tokens: list[int] = []
+        for name in args.evaluate or ():
+            self._tokens += encode_text(self._tokenizer, read_text(name))
+        self._tokens = self._tokens[: args.evaluate_tokens]
+
+    def take(self, stage: str, model: Llama, masks: Masks = None) -> None:
+        self._take_perplexity(stage, model, masks)
+        if self._args.sample:
+            prompt, steps = encode_prompt(self._tokenizer, self._args.sample), self._args.sample_tokens
+            with terminal.count_progress(f"sample answer ({stage})", steps, "tokens") as progress:
+                (answer,) = generate(model, [prompt], max_new_tokens=steps, eos_ids=self._eos, on_tokens=progress)
+            self._answers[stage] = self._tokenizer.decode(answer, skip_special_tokens=True)
+
+    def take_random(self, model: Llama, plan: PruningPlan) -> None:
+        """The perplexity with as many neurons of each layer masked as the plan removes, chosen at random."""
+        values = random_values(model.config, self._args.seed)
+        kept = tuple(select_neurons(v, width) for v, width in zip(values, plan.widths, strict=True))
+        masks = dataclasses.replace(plan, kept=kept).masks(model.config)
+        self._take_perplexity(f"random neurons (seed {self._args.seed})", model, masks)
+
+    def _take_perplexity(self, stage: str, model: Llama, masks: Masks) -> None:
+        if not self._args.evaluate:
+            return
+        with terminal.count_progress(f"perplexity ({stage})", len(self._tokens), "tokens") as progress:
+            self._perplexity[stage] = perplexity(
+                model,
+                self._tokens,
+                window=self._args.window,
+                neuron_masks=masks,
+                texts=self._args.evaluate,
+                on_tokens=progress,
+            )
+
+    def report(self) -> dict[str, Any]:
+        """What was measured, by stage."""
+        report: dict[str, Any] = {}
+        if self._perplexity:
+            report["evaluation"] = {
+                "definition": next(iter(self._perplexity.values())).definition,
+                "perplexity": {stage: result.value for stage, result in self._perplexity.items()},
+            }
+        if self._answers:
+            report["sample"] = {"prompt": self._args.sample, "answers": self._answers}
+        return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

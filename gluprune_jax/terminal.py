@@ -1,0 +1,106 @@
+"""What the commands share at the terminal: errors and exit status, progress bars, number formats.
+
+Results go to standard output; progress, notes and errors to standard error, so `--json` can be piped.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+from gluprune_jax.errors import GlupruneError
+
+EXIT_STATUS = "exit status: 0 done; 2 the request cannot be carried out as asked; 1 something failed underneath"
+
+
+def stderr() -> Console:
+    """The console for progress, notes and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
+    """Runs a command and returns its exit status; errors become one line on standard error unless `debug`."""
+    try:
+        command()
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`); Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        stderr().print(f"{name}: interrupted; nothing was written", markup=False)
+        return 130
+    except (GlupruneError, MemoryError) as error:
+        if debug:
+            raise
+        reason = str(error) if isinstance(error, GlupruneError) else "out of memory"
+        stderr().print(f"{name}: error: {reason}", markup=False)
+        return error.exit_status if isinstance(error, GlupruneError) else 1
+    return 0
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of descriptions; shows defaults."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" and "(default: False)" tell nobody anything.
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} {task.fields['unit']}/s")
+
+
+@contextlib.contextmanager
+def byte_progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for reading and writing; yields `report(what, bytes done, bytes in all)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=True, disable=not enabled) as progress:
+        tasks = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield report
+
+
+@contextlib.contextmanager
+def count_progress(what: str, total: int, unit: str, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar for countable work; yields `report(done so far)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True, disable=not enabled) as progress:
+        task = progress.add_task(what, total=total, unit=unit)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def format_bytes(count: int) -> str:
+    """Decimal units, as disks and downloads are sold: 2.47 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
