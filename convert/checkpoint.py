@@ -48,7 +48,7 @@ def build_model(config: ModelConfig, arrays: Mapping[str, Array]) -> Llama:
     """
     model = abstract_model(config)
     graphdef, state = nnx.split(model)
-    by_path = {name.path: arrays[name.hf] for name in tensor_names(config)}
+    by_path: dict[tuple[Any, ...], Array] = {name.path: arrays[name.hf] for name in tensor_names(config)}
     flat = [(path, variable.replace(by_path[path])) for path, variable in nnx.to_flat_state(state)]
     merged: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return merged

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
 from convert.checkpoint import Checkpoint, build_model, parameter_shapes
-from convert.gguf_tokenizer import special_token_ids, tokenizer_assets
+from convert.gguf_tokenizer import special_token_ids, token_id, tokenizer_assets
 from convert.names import tensor_names
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.model import Llama3Rope, ModelConfig, rope_frequencies
@@ -137,13 +137,28 @@ def _read(path: pathlib.Path, dtype: np.dtype[Any] | None, progress: Progress | 
     )
 
 
+class _CheckedReader(gguf.GGUFReader):  # type: ignore[misc]  # gguf is untyped
+    """GGUFReader that knows where the file ends; itself, it reads a damaged array of numbers for ever."""
+
+    data: np.ndarray
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        if isinstance(self.data, np.memmap):
+            # Slicing a plain array is several times faster, and a vocabulary is 100,000s of slices.
+            self.data = np.asarray(self.data)
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise ValueError(f"it has {len(self.data)} bytes, and its own header asks for {end}")
+        part: np.ndarray = super()._get(offset, dtype, count, override_order)
+        return part
+
+
 def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The metadata as Python values, and the tensors (views of the mapped file), by name."""
     try:
-        # GGUFReader checks no length: what a short or garbled file makes it do is one of these errors. Opening
-        # takes 20 us for each token and merge of the vocabulary; no public way leaves them out.
+        # What a short or garbled file makes the reader do is one of these errors.
         with np.errstate(all="raise"):
-            reader = gguf.GGUFReader(path)
+            reader = _CheckedReader(path)
             fields = {key: field.contents() for key, field in reader.fields.items()}
     except FileNotFoundError as error:
         raise RequestError("there is no such file") from error
@@ -297,9 +312,10 @@ def _rope_scaling(tensor: Any, head_dim: int, theta: float) -> Llama3Rope | None
 def _token_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
     ids: dict[str, Any] = {f"{name}_id": i for name, i in special_token_ids(fields).items() if name != "unk_token"}
     # Chat models end their turn with another token than their text.
-    ends = [fields[key] for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id") if key in fields]
-    if "eos_token_id" in ids and set(ends) - {ids["eos_token_id"]}:
-        ids["eos_token_id"] = list(dict.fromkeys([ids["eos_token_id"], *ends]))
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(token_id(fields, key) for key in keys if key in fields))
+    if len(ends) > 1 and "eos_token_id" in ids:
+        ids["eos_token_id"] = ends
     return ids
 
 

@@ -86,7 +86,7 @@ def tokenizer_assets(fields: Mapping[str, Any]) -> dict[str, bytes]:
         "add_bos_token": add_bos,
         "add_eos_token": add_eos,
         "clean_up_tokenization_spaces": False,
-        # The default contains token_type_ids, which Llama models refuse.
+        # transformers 4 adds token_type_ids by default, which Llama models refuse.
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if "llama.context_length" in fields:
@@ -105,14 +105,19 @@ def special_token_ids(fields: Mapping[str, Any]) -> dict[str, int]:
     Raises:
       OperationError: an id outside the vocabulary.
     """
-    count = len(fields.get("tokenizer.ggml.tokens", ()))
-    ids = {}
-    for name, key in _SPECIAL_TOKENS.items():
-        if key in fields:
-            ids[name] = fields[key]
-            if not isinstance(ids[name], int) or not 0 <= ids[name] < count:
-                raise OperationError(f"{key} is {ids[name]!r}; it must be an id below {count}")
-    return ids
+    return {name: token_id(fields, key) for name, key in _SPECIAL_TOKENS.items() if key in fields}
+
+
+def token_id(fields: Mapping[str, Any], key: str) -> int:
+    """The token id under a metadata key.
+
+    Raises:
+      OperationError: it lies outside the vocabulary.
+    """
+    value, count = fields[key], len(fields.get("tokenizer.ggml.tokens", ()))
+    if not isinstance(value, int) or not 0 <= value < count:
+        raise OperationError(f"{key} is {value!r}; it must be an id below {count}")
+    return value
 
 
 def _byte_level_bpe(fields: Mapping[str, Any], ids: dict[str, int]) -> Tokenizer:
@@ -147,7 +152,7 @@ def _sentencepiece_bpe(
         if fields.get(key):
             raise RequestError(f"{key} is set; only SentencePiece models that leave the text as it is are accepted")
     scores = fields.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(ids):
+    if not isinstance(scores, list) or len(scores) != len(ids) or not all(isinstance(s, float) for s in scores):
         raise OperationError(f"tokenizer.ggml.scores does not hold one score for each of {len(ids)} tokens")
     # Only normal pieces merge: the others are matched whole or never.
     score = {piece: s for piece, t, s in zip(ids, types, scores, strict=True) if t == TokenType.NORMAL}

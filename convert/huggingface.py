@@ -107,7 +107,8 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
         for hf, (name, array) in arrays.items()
     }
     files = layout(sizes, MAX_SHARD_BYTES)
-    total, done, weight_map = sum(sizes.values()), 0, {}
+    total, done = sum(sizes.values()), 0
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = "model.safetensors"
         if len(files) > 1:
@@ -193,7 +194,8 @@ def _read_arrays(
                 values = values.astype(dtype)
             check_finite(values, f"{tensor.file}: tensor {hf}, cast to {dtype},")
         # device_put takes an aligned buffer over; asarray would copy it.
-        return jax.device_put(values.reshape(shapes[hf].shape))
+        array: jax.Array = jax.device_put(values.reshape(shapes[hf].shape))
+        return array
 
     arrays = {}
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

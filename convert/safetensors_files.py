@@ -144,7 +144,7 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
                 chunk = buffer[begin : begin + _CHUNK]
                 done = 0
                 while done < len(chunk):
-                    got = os.preadv(stream.fileno(), [chunk[done:]], tensor.offset + begin + done)
+                    got = os.preadv(stream.fileno(), [chunk[done:].data], tensor.offset + begin + done)
                     if not got:
                         raise OperationError(f"{tensor.file} became shorter while it was read")
                     done += got
@@ -162,8 +162,8 @@ def check_finite(values: NDArray[Any], where: str) -> None:
     """
     # On the bits: all exponent bits set is NaN or Inf. Six times as fast as isfinite for bfloat16.
     exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[values.dtype.name]
-    bits = values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
-    if bits.size and int((bits & bits.dtype.type(exponent)).max()) == exponent:
+    bits: NDArray[np.unsignedinteger[Any]] = values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
+    if bits.size and int(np.bitwise_and(bits, bits.dtype.type(exponent)).max()) == exponent:
         raise OperationError(f"{where} has NaN or Inf weights")
 
 

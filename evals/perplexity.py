@@ -11,12 +11,14 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.model import Llama
@@ -75,7 +77,7 @@ def perplexity(
     *,
     window: int = 512,
     batch_size: int = 4,
-    neuron_masks: tuple[Array, ...] | None = None,
+    neuron_masks: tuple[ArrayLike, ...] | None = None,
     texts: Sequence[str] = ("the text",),
     on_tokens: Callable[[int], None] | None = None,
 ) -> Perplexity:
@@ -127,10 +129,10 @@ def perplexity(
 @functools.partial(jax.jit, static_argnums=0)
 def window_log_likelihoods(
     graphdef: nnx.GraphDef[Llama],
-    params: nnx.State,
+    params: nnx.State[Any, Any],
     tokens: Array,
     lengths: Array,
-    neuron_masks: tuple[Array, ...] | None,
+    neuron_masks: tuple[ArrayLike, ...] | None,
 ) -> Array:
     """Sums the log-likelihoods of tokens 1 to `lengths - 1` of each row of `tokens [B, W]`: `[B]` float32.
 

@@ -38,7 +38,7 @@ def causal_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:
     positions = jnp.pad(positions, ((0, 0), (0, padding)))
     q_blocks = q.reshape(B, blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
     position_blocks = positions.reshape(B, blocks, QUERY_BLOCK).swapaxes(0, 1)
-    out = jax.lax.map(lambda block: _attend(block[0], k, v, block[1]), (q_blocks, position_blocks))
+    out: Array = jax.lax.map(lambda block: _attend(block[0], k, v, block[1]), (q_blocks, position_blocks))
     return out.swapaxes(0, 1).reshape(q.shape)[:, :T]
 
 

@@ -9,9 +9,13 @@ Orbax answers a missing or shortened file with hundreds of log lines and an erro
 us name it. It says nothing about bytes changed in place, which cost a full read to find.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
-from collections.abc import Callable, Mapping
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +64,10 @@ def save_orbax(path: Path, model: Llama, metadata: Mapping[str, Any]) -> None:
     if taken := sorted(own.keys() & metadata.keys()):
         raise ValueError(f"metadata has the keys {taken}, which the checkpoint uses itself")
     arrays = {_names(at): variable.get_value() for at, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    try:
+    with _calling_orbax(f"cannot write the Orbax checkpoint {path}"):
         ocp.save_checkpointables(path, {_ITEM: _nested(arrays)}, custom_metadata={**metadata, **own})
         if jax.process_index() == 0:
             (path / _FILES).write_text(json.dumps(_sizes(path), indent=1), encoding="utf-8")
-    except Exception as error:  # Orbax passes on whatever its storage layers raise
-        raise OperationError(f"cannot write the Orbax checkpoint {path}: {_first_line(error)}") from error
 
 
 def load_orbax(path: Path, shardings: ShardingRule | None = None) -> tuple[Llama, dict[str, Any]]:
@@ -87,11 +89,12 @@ def load_orbax(path: Path, shardings: ShardingRule | None = None) -> tuple[Llama
 
     path = path.absolute()
     _check_files(path)
-    try:
+    unreadable = f"the checkpoint {path} is damaged or cannot be read"
+    with _calling_orbax(unreadable):
         stored = ocp.checkpointables_metadata(path)
+        if stored.metadata.get(_ITEM) is None:  # Orbax logs the reason and goes on
+            raise ValueError(f"Orbax finds no arrays in {_ITEM}")
         found = _flat(stored.metadata[_ITEM])
-    except Exception as error:
-        raise _unreadable(path, error) from error
     config, metadata = _read_metadata(path, stored.custom_metadata)
     graphdef, state = nnx.split(abstract_model(config))
     flat = nnx.to_flat_state(state)
@@ -102,14 +105,33 @@ def load_orbax(path: Path, shardings: ShardingRule | None = None) -> tuple[Llama
     for at, variable in flat:
         leaf = variable.get_value().update(dtype=found[_names(at)].dtype)
         wanted[_names(at)] = leaf.update(sharding=rule(at, leaf))
-    try:
-        loaded = ocp.load_checkpointables(path, {_ITEM: _nested(wanted)})
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    arrays = _flat(loaded[_ITEM])
+    with _calling_orbax(unreadable):
+        arrays = _flat(ocp.load_checkpointables(path, {_ITEM: _nested(wanted)})[_ITEM])
     filled = nnx.from_flat_state([(at, variable.replace(arrays[_names(at)])) for at, variable in flat])
     model: Llama = nnx.merge(graphdef, filled)
     return model, metadata
+
+
+@contextlib.contextmanager
+def _calling_orbax(failure: str) -> Iterator[None]:
+    """Reports whatever Orbax and its storage layers raise as one sentence, and keeps their logs off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    except Exception as error:
+        # asyncio logs every other read or write that failed when its future is collected: have that done here.
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        gc.collect()
+        raise OperationError(f"{failure}: {_first_line(error)}") from error
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -209,9 +231,5 @@ def _check_parameters(path: Path, shapes: Mapping[tuple[str, ...], Any], found: 
         raise OperationError(f"the checkpoint {path} does not fit its own config: {'; '.join(problems)}")
 
 
-def _unreadable(path: Path, error: Exception) -> OperationError:
-    return OperationError(f"the checkpoint {path} is damaged or cannot be read: {_first_line(error)}")
-
-
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,13 +10,14 @@ shorter prompt is never visible: the tokens generated after it overwrite its slo
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from gluprune_jax.errors import RequestError
 from gluprune_jax.model import KVCache, Llama
@@ -49,7 +50,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
-    neuron_masks: tuple[Array, ...] | None = None,
+    neuron_masks: tuple[ArrayLike, ...] | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continues prompts greedily.
@@ -109,12 +110,12 @@ def generate(
 def prefill(
     graphdef: nnx.GraphDef[Llama],
     cache_length: int,
-    params: nnx.State,
+    params: nnx.State[Any, Any],
     tokens: Array,
     lengths: Array,
     max_new_tokens: Array,
     eos_ids: Array,
-    neuron_masks: tuple[Array, ...] | None,
+    neuron_masks: tuple[ArrayLike, ...] | None,
 ) -> DecodeState:
     """Runs the prompts `tokens [B, T]`, of which the first `lengths [B]` are real, and picks the first new token."""
     model = nnx.merge(graphdef, params)
@@ -130,10 +131,10 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
     graphdef: nnx.GraphDef[Llama],
-    params: nnx.State,
+    params: nnx.State[Any, Any],
     state: DecodeState,
     eos_ids: Array,
-    neuron_masks: tuple[Array, ...] | None,
+    neuron_masks: tuple[ArrayLike, ...] | None,
 ) -> tuple[DecodeState, Array]:
     """Decodes up to `STEPS_PER_CALL` tokens, fewer when all sequences have ended.
 

@@ -147,7 +147,7 @@ def score(model: Llama, criterion: str | Criterion = "ppm", *, on_layer: Callabl
         layer_scores = np.asarray(_score_layer(function, width, mlp.gate_proj[...], mlp.up_proj[...]))
         if layer_scores.shape != (width,) or not np.isfinite(layer_scores).all():
             raise OperationError(
-                f"criterion {name!r} gave scores of shape {layer_scores.shape} for layer {i}, not {width} finite numbers"
+                f"criterion {name!r} gave layer {i} scores of shape {layer_scores.shape}, not {width} finite numbers"
             )
         values.append(layer_scores.astype(np.float32))
         dtypes |= {str(w.dtype) for w in (mlp.gate_proj[...], mlp.up_proj[...])}

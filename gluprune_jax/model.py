@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from gluprune_jax.attention import causal_attention
 from gluprune_jax.errors import RequestError
@@ -187,13 +187,13 @@ class MLP(nnx.Module):
         self.up_proj = _normal(rngs, (width, config.hidden_size), dtype)
         self.down_proj = _normal(rngs, (config.hidden_size, width), dtype)
 
-    def __call__(self, x: Array, neuron_mask: Array | None) -> Array:
+    def __call__(self, x: Array, neuron_mask: ArrayLike | None) -> Array:
         dtype = x.dtype
         gate = jnp.einsum("btd,fd->btf", x, self.gate_proj[...].astype(dtype))
         up = jnp.einsum("btd,fd->btf", x, self.up_proj[...].astype(dtype))
         neurons = jax.nn.silu(gate) * up
         if neuron_mask is not None:
-            neurons = neurons * neuron_mask.astype(dtype)
+            neurons = neurons * jnp.asarray(neuron_mask, dtype)
         return jnp.einsum("btf,df->btd", neurons, self.down_proj[...].astype(dtype))
 
 
@@ -212,7 +212,7 @@ class DecoderLayer(nnx.Module):
         positions: Array,
         frequencies: Array,
         cache: "LayerCache | None",
-        neuron_mask: Array | None,
+        neuron_mask: ArrayLike | None,
     ) -> tuple[Array, "LayerCache"]:
         with jax.named_scope("attention"):
             attended, cache = self.self_attn(self.input_layernorm(x), positions, frequencies, cache)
@@ -254,7 +254,7 @@ class Llama(nnx.Module):
         tokens: Array,
         positions: Array | None = None,
         cache: "KVCache | None" = None,
-        neuron_masks: tuple[Array, ...] | None = None,
+        neuron_masks: tuple[ArrayLike, ...] | None = None,
     ) -> tuple[Array, "KVCache"]:
         """Runs the decoder over `tokens`: a full sequence, a prefill, or one step of decoding.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 import convert
@@ -30,7 +31,7 @@ from gluprune_jax.slicing import slice_model
 
 PLAN_FILE = "gluprune_plan.json"
 
-Masks = tuple[np.ndarray[Any, Any], ...] | None
+Masks = tuple[NDArray[np.float32], ...] | None
 
 DESCRIPTION = """\
 Removes the least important neurons of the gated MLP layers of a Llama-family model (arXiv 2512.22671) and writes a
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "--evaluate",
         nargs="+",
         metavar="TEXT",
-        help=f"token perplexity on these text files, or on '{PYTHON_REFERENCE}' (the language reference in every Python)",
+        help=f"token perplexity on these text files, or on '{PYTHON_REFERENCE}' (which every Python carries)",
     )
     measure.add_argument("--evaluate-tokens", type=int, default=8192, metavar="N", help="tokens of the texts to use")
     measure.add_argument("--window", type=int, default=512, metavar="N", help="tokens a perplexity window holds")
