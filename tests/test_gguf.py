@@ -25,7 +25,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from convert.checkpoint import Checkpoint, model_arrays
-from convert.demo import demo_path
 from convert.gguf_model import read_gguf
 from convert.gguf_tokenizer import tokenizer_assets
 from convert.names import tensor_names
@@ -880,8 +879,8 @@ def test_without_a_space_prefix_the_text_stands_as_it_is(
 
 
 @pytest.fixture(scope="module")
-def smollm() -> Checkpoint:
-    return read_gguf(demo_path())
+def smollm(demo: Checkpoint) -> Checkpoint:
+    return demo
 
 
 @pytest.fixture(scope="module")
