@@ -23,13 +23,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert",
-        description=DESCRIPTION,
-        epilog=terminal.EXIT_STATUS,
-        formatter_class=terminal.HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = terminal.ArgumentParser("python -m convert", DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("output", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument(

@@ -10,6 +10,8 @@ from jax import Array
 
 from convert.names import TensorName, tensor_names
 from gluprune_jax.model import Llama, ModelConfig, abstract_model
+from gluprune_jax.plan import PruningPlan
+from gluprune_jax.slicing import slice_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,17 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         """The architecture of the model."""
         return self.model.config
+
+    def pruned(self, plan: PruningPlan, *, donate: bool = False) -> "Checkpoint":
+        """The checkpoint with its model sliced by `plan`, and the plan's summary added to its history.
+
+        Args:
+          plan: made for this model.
+          donate: frees the dense MLPs as it goes (see `slice_model`).
+        """
+        record = {"base_model": self.source, **plan.summary()}
+        model = slice_model(self.model, plan, donate=donate)
+        return dataclasses.replace(self, model=model, history=(*self.history, record))
 
 
 def build_model(config: ModelConfig, arrays: Mapping[str, Array]) -> Llama:

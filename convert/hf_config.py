@@ -4,12 +4,14 @@ Both spellings are read and written: transformers 5 (`rope_parameters`, `dtype`)
 `rope_scaling`, `torch_dtype`). A key that is in none of the tables below is an error that names it.
 """
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gluprune_jax.errors import RequestError
+from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.model import Llama3Rope, ModelConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -24,10 +26,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 INERT_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path attention_dropout attn_implementation
-    bos_token_id do_sample dtype eos_token_id finetuning_task id2label initializer_range label2id max_length
-    min_length num_return_sequences output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
-    return_dict sep_token_id task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+    bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range label2id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
+    unsloth_fixed unsloth_version use_cache
     """.split()
 )
 
@@ -48,6 +54,7 @@ ONLY_THESE_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "rope_interleaved": (False,),
     "sliding_window": (None,),
+    "tie_word_embeddings": (False, True, None),
     "tie_encoder_decoder": (False,),
     "use_bfloat16": (False,),
 }
@@ -60,65 +67,81 @@ _ARCHITECTURE_KEYS = frozenset(
     """.split()
 )
 
+_REPR = reprlib.Repr()  # for values of any length and depth
+_REPR.maxstring = 80
+_shown = _REPR.repr
+
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000  # a damaged config must not cost the memory of a list so long
+
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def read_config(data: Mapping[str, Any], where: str = "config.json") -> tuple[ModelConfig, dict[str, Any]]:
+def read_config(data: Any, where: str = "config.json") -> tuple[ModelConfig, dict[str, Any]]:
     """Turns a parsed `config.json` into our config and the remaining keys, which an export repeats.
 
     Raises:
       RequestError: another model family, or a key or value that we do not implement, all of them named.
+      OperationError: it is no config at all.
     """
+    if not isinstance(data, Mapping):
+        raise OperationError(f"{where} is no model config: it holds {_shown(data)} instead of an object")
     family = data.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise RequestError(
-            f"{where} has model_type {family!r}; supported are {_names(ARCHITECTURES)} (Llama 2 to 3.3, SmolLM2, "
+            f"{where} has model_type {_shown(family)}; supported are {_names(ARCHITECTURES)} (Llama 2 to 3.3, SmolLM2, "
             f"TinyLlama, Mistral without sliding window)"
         )
     architectures = data.get("architectures") or [ARCHITECTURES[family]]
     if architectures != [ARCHITECTURES[family]]:
         raise RequestError(
-            f"{where} has architectures {architectures}; supported is {[ARCHITECTURES[family]]} for {family}"
+            f"{where} has architectures {_shown(architectures)}; supported is {[ARCHITECTURES[family]]} for {family}"
         )
 
     known = {**_DEFAULTS[family], **data}
     problems = [
-        f"{key} = {known[key]!r} (supported: {' or '.join(repr(v) for v in allowed)})"
+        f"{key} = {_shown(known[key])} (supported: {' or '.join(repr(v) for v in allowed)})"
         for key, allowed in ONLY_THESE_VALUES.items()
         if key in known and known[key] not in allowed
     ]
     problems += [
-        f"{key} = {value!r} (unknown key)"
+        f"{key} = {_shown(value)} (unknown key)"
         for key, value in data.items()
         if key not in INERT_KEYS | _ARCHITECTURE_KEYS and key not in ONLY_THESE_VALUES
     ]
-    if set(data.get("layer_types") or ()) - {"full_attention"}:
-        problems.append(f"layer_types = {sorted(set(data['layer_types']))} (supported: 'full_attention')")
+    layer_types = data.get("layer_types") or []
+    if not isinstance(layer_types, list) or (layer_types := [kind for kind in layer_types if kind != "full_attention"]):
+        problems.append(f"layer_types = {_shown(layer_types)} (supported: a list of 'full_attention')")
     if problems:
         raise RequestError(f"{where} asks for what is not supported: {'; '.join(problems)}")
 
     D = _integer(known, "hidden_size", where)
     N = _integer(known, "num_attention_heads", where)
-    width, layers = _integer(known, "intermediate_size", where), _integer(known, "num_hidden_layers", where)
+    width = _integer(known, "intermediate_size", where)
+    layers = _integer(known, "num_hidden_layers", where, most=_MOST_LAYERS)
     K = N if known.get("num_key_value_heads") is None else _integer(known, "num_key_value_heads", where)
     if known.get("head_dim") is None and D % N:
         raise RequestError(
             f"{where} has hidden_size {D}, which {N} heads do not divide, and no head_dim; give head_dim"
         )
     theta, scaling = _rope(known, where)
-    config = ModelConfig(
-        vocab_size=_integer(known, "vocab_size", where),
-        hidden_size=D,
-        intermediate_sizes=_logical_widths(known, width, layers, where),
-        num_attention_heads=N,
-        num_key_value_heads=K,
-        head_dim=D // N if known.get("head_dim") is None else _integer(known, "head_dim", where),
-        max_position_embeddings=_integer(known, "max_position_embeddings", where),
-        rms_norm_eps=_number(known, "rms_norm_eps", where, default=1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(known.get("tie_word_embeddings", False)),
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": _integer(known, "vocab_size", where),
+        "hidden_size": D,
+        "intermediate_sizes": _logical_widths(known, width, layers, where),
+        "num_attention_heads": N,
+        "num_key_value_heads": K,
+        "head_dim": D // N if known.get("head_dim") is None else _integer(known, "head_dim", where),
+        "max_position_embeddings": _integer(known, "max_position_embeddings", where),
+        "rms_norm_eps": _number(known, "rms_norm_eps", where, default=1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": bool(known.get("tie_word_embeddings")),
+    }
+    try:
+        config = ModelConfig(**fields)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from error
     rest = {key: value for key, value in data.items() if key not in _ARCHITECTURE_KEYS}
     return config, rest | {"model_type": family}
 
@@ -167,11 +190,14 @@ def write_config(config: ModelConfig, rest: Mapping[str, Any], dtype: np.dtype[A
         data["sliding_window"] = None
     if set(config.intermediate_sizes) != {widest}:
         data["gluprune"] = {"intermediate_sizes": list(config.intermediate_sizes)}
-    return data
+    return dict(sorted(data.items()))
 
 
 def _rope(data: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
     """RoPE from either spelling; if both are there they must agree."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(data.get(key), Mapping | None):
+            raise RequestError(f"{where} has {key} = {_shown(data[key])}; it must be an object or null")
     readings = []
     if data.get("rope_parameters") is not None:
         readings.append(_rope_from(data["rope_parameters"], data, f"{where}: rope_parameters"))
@@ -193,9 +219,9 @@ def _rope_from(rope: Mapping[str, Any], data: Mapping[str, Any], where: str) -> 
     if kind == "llama3":
         expected |= set(_LLAMA3_KEYS)
     elif kind != "default":
-        raise RequestError(f"{where} has rope_type {kind!r}; supported are 'default' and 'llama3'")
+        raise RequestError(f"{where} has rope_type {_shown(kind)}; supported are 'default' and 'llama3'")
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise RequestError(f"{where} has partial_rotary_factor {rope['partial_rotary_factor']}; supported is 1")
+        raise RequestError(f"{where} has partial_rotary_factor {_shown(rope['partial_rotary_factor'])}; supported is 1")
     if unknown := sorted(rope.keys() - expected):
         raise RequestError(f"{where} has keys that rope_type {kind!r} does not: {', '.join(unknown)}")
     if kind == "default":
@@ -217,28 +243,28 @@ def _logical_widths(data: Mapping[str, Any], width: int, layers: int, where: str
     if (
         not isinstance(widths, list)
         or len(widths) != layers
-        or not all(isinstance(size, int) and 0 < size <= width for size in widths)
+        or not all(type(size) is int and 0 < size <= width for size in widths)
     ):
         raise RequestError(
-            f"{where} has gluprune = {ours!r}; it must hold intermediate_sizes alone, {layers} whole numbers "
+            f"{where} has gluprune = {_shown(ours)}; it must hold intermediate_sizes alone, {layers} whole numbers "
             f"from 1 to {width}"
         )
     return tuple(widths)
 
 
-def _integer(data: Mapping[str, Any], key: str, where: str) -> int:
+def _integer(data: Mapping[str, Any], key: str, where: str, most: int = _MOST) -> int:
     value = data.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        found = "no" if value is None else f"{key} = {value!r} as"
-        raise RequestError(f"{where} has {found} {key}; it must be a whole number of at least 1")
+    if type(value) is not int or not 1 <= value <= most:
+        found = f"no {key}" if value is None else f"{key} = {_shown(value)}"
+        raise RequestError(f"{where} has {found}; it must be a whole number from 1 to {most}")
     return value
 
 
 def _number(data: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = data.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise RequestError(f"{where} has {key} = {value!r}; it must be a positive number")
-    return value
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise RequestError(f"{where} has {key} = {_shown(value)}; it must be a positive number")
+    return float(value)
 
 
 def _names(names: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ _WANTED = (
     "chat_template*",
     "LICENSE*",
     "USE_POLICY*",
+    "NOTICE*",
 )
 # Weights a second time: other formats live in sub-folders, the original ones are called consolidated.
 _UNWANTED = ("*/*", "consolidated*")

@@ -3,6 +3,7 @@
 import concurrent.futures
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,13 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from convert.checkpoint import Checkpoint, build_model, model_arrays, parameter_shapes
 from convert.hf_config import accepted_without_effect, read_config, write_config
 from convert.names import TensorName, tensor_names
-from convert.safetensors_files import StoredTensor, check_finite, index_folder, layout, read_tensor
+from convert.safetensors_files import StoredTensor, check_finite, index_folder, layout, read_tensor, write_tensors
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.model import ModelConfig
 
@@ -48,11 +47,14 @@ _INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|mod
 
 def read_assets(folder: Path) -> dict[str, bytes]:
     """The tokenizer, generation config and licence files of a folder, by name."""
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in ASSET_PATTERNS)
-    }
+    try:
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(folder.iterdir())
+            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in ASSET_PATTERNS)
+        }
+    except OSError as error:
+        raise OperationError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def read_huggingface(
@@ -80,6 +82,8 @@ def read_huggingface(
         notes.append("the zero padding of narrower layers, which the file needs and the model does not, was removed")
 
     history = _read_json(folder / HISTORY_FILE) if (folder / HISTORY_FILE).exists() else []
+    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        raise OperationError(f"{folder / HISTORY_FILE} is corrupt: it is not a list of records")
     return Checkpoint(
         model=build_model(config, _read_arrays(config, tensors, dtype, progress)),
         source=source,
@@ -102,26 +106,25 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
     config = checkpoint.config
     widest = max(config.intermediate_sizes)
     arrays = {name.hf: (name, array) for name, array in model_arrays(checkpoint.model)}
-    sizes = {
-        hf: int(np.prod(_file_shape(name, widest), dtype=np.int64)) * array.dtype.itemsize
-        for hf, (name, array) in arrays.items()
-    }
+    tensors = {hf: (array.dtype, _file_shape(name, widest)) for hf, (name, array) in arrays.items()}
+    sizes = {hf: math.prod(shape) * dtype.itemsize for hf, (dtype, shape) in tensors.items()}
     files = layout(sizes, MAX_SHARD_BYTES)
     total, done = sum(sizes.values()), 0
     weight_map: dict[str, str] = {}
+
+    def written(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress("writing safetensors", done, total)
+
     for number, names in enumerate(files, start=1):
         file = "model.safetensors"
         if len(files) > 1:
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        # "pt" is what transformers 4 wants to read there; it says nothing about who wrote the file.
-        try:
-            save_file({hf: _for_file(*arrays[hf], widest) for hf in names}, folder / file, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise OperationError(f"cannot write {folder / file}: {error}") from error
+        here = {hf: tensors[hf] for hf in names}
+        write_tensors(folder / file, here, lambda hf: _for_file(*arrays[hf], widest), written)
         weight_map |= dict.fromkeys(names, file)
-        done += sum(sizes[hf] for hf in names)
-        if progress:
-            progress("writing safetensors", done, total)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
@@ -149,8 +152,8 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, StoredT
     embedding = tensors.get("model.embed_tokens.weight")
     head = tensors.get("lm_head.weight")
     if config.tie_word_embeddings and head and embedding:
-        if head.dtype != embedding.dtype or not np.array_equal(
-            read_tensor(head).view(np.uint8), read_tensor(embedding).view(np.uint8)
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not np.array_equal(
+            read_tensor(head).reshape(-1).view(np.uint8), read_tensor(embedding).reshape(-1).view(np.uint8)
         ):
             raise OperationError(
                 f"{folder}: lm_head.weight differs from the embedding although config.json says "
@@ -233,7 +236,9 @@ def _strip(name: TensorName, values: NDArray[Any], tensor: StoredTensor) -> NDAr
 
 def _for_file(name: TensorName, array: jax.Array, widest: int) -> NDArray[Any]:
     """An array in the shape of the file: head axes merged, storage padding stripped, padded to the widest."""
-    values = np.asarray(array)
+    # Through a handle of its own: a copy that numpy must make stays with the handle, and would stay with the model.
+    shards = [shard.data for shard in array.addressable_shards]
+    values = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
     if name.neuron_axis is None:
         return values.reshape(name.shape)
     values = (
@@ -250,8 +255,10 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RequestError(f"{path.parent} has no {path.name}; it is not a Hugging Face model folder") from error
-    except (OSError, ValueError) as error:
-        raise OperationError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise OperationError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise OperationError(f"{path} is not JSON: {error}") from error
 
 
 def _write_json(path: Path, data: Any) -> None:

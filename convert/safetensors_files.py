@@ -1,14 +1,15 @@
-"""Reads safetensors folders tensor by tensor, by byte range.
+"""Reads safetensors folders and writes safetensors files, tensor by tensor.
 
 The safetensors library maps whole files, so every page that is read stays in the resident set beside the copy made
 of it. Reading byte ranges into buffers that JAX adopts keeps the peak at the size of the weights, and lets a
-process read only what it needs.
+process read only what it needs. To write, the library wants all tensors of a file in memory at once; here it is one.
 """
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,17 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
       OperationError: missing, truncated or corrupt files, or an index that does not match them.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():  # first, as in transformers: an index may be left from an earlier save
+        return read_header(single)
     if index.exists():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted({str(file) for file in weight_map.values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
             raise OperationError(f"{index} is not a safetensors index: {error!r}") from error
         if outside := [file for file in files if Path(file).name != file]:
             raise OperationError(f"{index} names files outside its folder: {', '.join(outside)}")
-        if missing := [file for file in files if not (folder / file).is_file()]:
+        if missing := [file for file in files if not os.path.isfile(folder / file)]:
             raise OperationError(f"{index} names files that are not there: {', '.join(missing)}")
         tensors: dict[str, StoredTensor] = {}
         for file in files:
@@ -69,8 +72,6 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
         if differing := sorted(tensors.keys() ^ weight_map.keys()):
             raise OperationError(f"{index} and its files do not hold the same tensors: {_list(differing)}")
         return tensors
-    if single.exists():
-        return read_header(single)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     others += sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     raise RequestError(
@@ -95,7 +96,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise OperationError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OperationError(f"{file} is corrupt: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise OperationError(f"{file} is corrupt: its header is not a table of tensors")
@@ -105,7 +106,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
-            shape = tuple(int(n) for n in entry["shape"])
+            shape = tuple(entry["shape"])
+            if any(type(n) is not int or n < 0 for n in (start, stop, *shape)):
+                raise ValueError(f"{name}: shape and offsets must be whole numbers")
             if start != end or stop < start:
                 raise OperationError(f"{file} is corrupt: {name} lies at {start}-{stop}, expected from {end}")
             end = stop
@@ -114,7 +117,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 refused.append(f"{name} ({entry['dtype']})")
                 continue
             tensor = StoredTensor(file, name, dtype, shape, 8 + length + start, stop - start)
-            if tensor.nbytes != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+            if tensor.nbytes != math.prod(shape) * dtype.itemsize:
                 raise OperationError(
                     f"{file} is corrupt: {name} has {tensor.nbytes} bytes for shape {shape} of {dtype}"
                 )
@@ -152,6 +155,47 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     except OSError as error:
         raise OperationError(f"cannot read {tensor.file}: {error.strerror}") from error
     return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    values: Callable[[str], NDArray[Any]],
+    written: Callable[[int], None],
+) -> None:
+    """Writes a safetensors file with one tensor in memory at a time.
+
+    Args:
+      file: the file to write.
+      tensors: dtype and shape by name.
+      values: gives the tensor of a name; called once for each.
+      written: called with the bytes of each tensor when it is written.
+
+    Raises:
+      OperationError: the disk refuses.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # Wide elements first: each tensor then starts at a multiple of its element size, which zero-copy readers need.
+    names = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    # "pt" is what transformers 4 wants to read there; it says nothing about who wrote the file.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                array = np.asarray(values(name), order="C")
+                assert (array.dtype, array.shape) == tensors[name], name
+                stream.write(array.reshape(-1).view(np.uint8).data)
+                written(array.nbytes)
+    except OSError as error:
+        raise OperationError(f"cannot write {file}: {error.strerror}") from error
 
 
 def check_finite(values: NDArray[Any], where: str) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Checkpoint, model_arrays
 from convert.demo import demo_path
 from convert.gguf_model import read_gguf
 from convert.hub import hub_snapshot, looks_like_hub_id
@@ -138,6 +139,9 @@ def _read_orbax(path: Path, assets: Path, source: str, dtype: np.dtype[Any] | No
     if dtype is not None:
         state = jax.tree.map(lambda array: array.astype(dtype), nnx.state(model, nnx.Param))
         nnx.update(model, state)
+    if bad := [name.hf for name, array in model_arrays(model) if not jnp.isfinite(array).all()]:
+        cast = f", cast to {dtype}," if dtype else ""
+        raise OperationError(f"{path}{cast} has NaN or Inf weights in {', '.join(bad)}")
     try:
         hf_config, history = metadata["hf_config"], tuple(metadata["history"])
     except KeyError as error:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,19 @@ def perplexity(
       on_tokens: called with the number of tokens done so far.
 
     Raises:
-      RequestError: fewer than two tokens, token ids outside the vocabulary, or a window that does not fit.
+      RequestError: fewer than two tokens, token ids outside the vocabulary, a window that does not fit, or an
+        empty batch.
     """
     if not 2 <= window <= model.config.max_position_embeddings:
         raise RequestError(
             f"a window of {window} tokens; it must lie between 2 and the model's {model.config.max_position_embeddings}"
         )
+    if batch_size < 1:
+        raise RequestError(f"a batch of {batch_size} windows; it must be at least 1")
     ids = np.asarray(tokens, np.int32)
     if len(ids) < 2:
         raise RequestError(f"{', '.join(texts)} has {len(ids)} tokens; perplexity needs at least 2")
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise RequestError(
-            f"token id {ids.max() if ids.max() >= model.config.vocab_size else ids.min()} lies outside the "
-            f"model's vocabulary of {model.config.vocab_size}; tokenizer and model do not belong together"
-        )
+    model.config.check_tokens(ids)
     window = min(window, len(ids))
     count = -(-len(ids) // window)
     padded = np.zeros((-(-count // batch_size) * batch_size, window), np.int32)
@@ -123,7 +123,9 @@ def perplexity(
         if on_tokens:
             on_tokens(int(lengths[: start + batch_size].sum()))
     predicted = int(np.maximum(lengths - 1, 0).sum())
-    return Perplexity(math.exp(-total / predicted), predicted, window, tuple(texts))
+    loss = -total / predicted
+    value = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+    return Perplexity(value, predicted, window, tuple(texts))
 
 
 @functools.partial(jax.jit, static_argnums=0)

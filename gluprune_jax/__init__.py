@@ -1,12 +1,11 @@
 """Structured width pruning of GLU-MLP language models in JAX: score neurons, plan, mask, slice.
 
 import convert
-from gluprune_jax import make_plan, score, slice_model
+from gluprune_jax import make_plan, score
 
 checkpoint = convert.load("demo")
 plan = make_plan(score(checkpoint.model), expansion_ratio=2.4)
-pruned = slice_model(checkpoint.model, plan)
-convert.save(dataclasses.replace(checkpoint, model=pruned), "smollm2-2.4x")
+convert.save(checkpoint.pruned(plan), "smollm2-2.4x")
 """
 
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError

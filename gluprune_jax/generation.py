@@ -25,7 +25,7 @@ from gluprune_jax.model import KVCache, Llama
 # Tokens decoded by one call into compiled code; between calls the host may report progress.
 STEPS_PER_CALL = 16
 _MIN_BUCKET = 32
-_MAX_EOS_IDS = 8
+_EOS_BUCKET = 8
 
 
 class DecodeState(NamedTuple):
@@ -67,12 +67,17 @@ def generate(
       The new token ids of each prompt.
 
     Raises:
-      RequestError: an empty prompt, or one that does not fit the context window with its continuation.
+      RequestError: an empty prompt, one that does not fit the context window with its continuation, token ids
+        outside the vocabulary, or a negative number of new tokens.
     """
+    if not prompts:
+        return []
     window = model.config.max_position_embeddings
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
         raise RequestError("a prompt has no tokens; generation needs at least one to start from")
+    if max_new_tokens < 0:
+        raise RequestError(f"{max_new_tokens} new tokens were asked for; it must be at least 0")
     if longest + max_new_tokens > window:
         raise RequestError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's window of {window}"
@@ -82,7 +87,8 @@ def generate(
     tokens = np.zeros((len(prompts), bucket), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    ends = np.full(_MAX_EOS_IDS * (1 + len(eos_ids) // _MAX_EOS_IDS), -1, np.int32)
+    model.config.check_tokens(tokens)
+    ends = np.full(-(-max(1, len(eos_ids)) // _EOS_BUCKET) * _EOS_BUCKET, -1, np.int32)
     ends[: len(eos_ids)] = eos_ids
 
     graphdef, params = nnx.split(model)

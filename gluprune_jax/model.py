@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+from numpy.typing import NDArray
 
 from gluprune_jax.attention import causal_attention
 from gluprune_jax.errors import RequestError
@@ -105,6 +106,19 @@ class ModelConfig:
         embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
         layers = sum(attention + 3 * D * size + 2 * D for size in self.intermediate_sizes)
         return embeddings + layers + D
+
+    def check_tokens(self, tokens: NDArray[np.int32]) -> None:
+        """Makes sure that token ids lie in the vocabulary: compiled code would quietly take others for one that does.
+
+        Raises:
+          RequestError: one does not.
+        """
+        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if outside.size:
+            raise RequestError(
+                f"token id {outside[0]} lies outside the model's vocabulary of {self.vocab_size}; tokenizer and model "
+                f"do not belong together"
+            )
 
 
 # --------------------------------------------------------------------------------------------------- layers

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -24,6 +25,7 @@ from gluprune_jax.importance import Scores, select_neurons
 from gluprune_jax.model import ModelConfig
 
 FORMAT, VERSION = "gluprune-plan", 1
+MAX_NEURONS = 1 << 24  # of a layer in a plan file: a damaged number must not fill the memory
 TIE_RULE = "among equal scores the lower index is kept"
 
 
@@ -45,14 +47,13 @@ def width_for_expansion_ratio(ratio: str | float, hidden_size: int) -> int:
     """`ceil(ratio * D)`, computed on the decimal digits of the ratio: 2.4 of 2560 is 6144, not 6145.
 
     Raises:
-      RequestError: `ratio` is not a positive number.
+      RequestError: `ratio` is not a positive decimal number.
     """
-    try:
-        exact = Fraction(str(ratio))
-    except ValueError:
-        exact = Fraction(0)
+    # No exponents: the digits of 1e999999999 would fill the memory.
+    is_decimal = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,99})?|\.[0-9]{1,99}", str(ratio))
+    exact = Fraction(str(ratio)) if is_decimal else Fraction(0)
     if exact <= 0:
-        raise RequestError(f"--expansion-ratio is {ratio}; it must be a positive number such as 2.4")
+        raise RequestError(f"--expansion-ratio is {ratio}; it must be a positive decimal number such as 2.4")
     return math.ceil(exact * hidden_size)
 
 
@@ -64,7 +65,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     """
     chosen: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(-?\d{1,9})(?:-(-?\d{1,9}))?\s*", part)
         if not match:
             raise RequestError(f"--layers has {part!r}; write indices and ranges such as 0-3,8,-1")
         bounds = [int(bound) for bound in match.groups() if bound is not None]
@@ -122,8 +123,8 @@ class PruningPlan:
             masks.append(mask)
         return tuple(masks)
 
-    def check_fits(self, config: ModelConfig, fingerprint: str) -> None:
-        """Makes sure that the plan was made for these weights.
+    def check_fits(self, config: ModelConfig, fingerprint: str | None = None) -> None:
+        """Makes sure that the plan was made for a model of this shape and, given their fingerprint, for its weights.
 
         Raises:
           RequestError: other layer widths, another hidden size or another fingerprint.
@@ -133,7 +134,7 @@ class PruningPlan:
                 f"the plan was made for {_describe(self.intermediate_sizes, self.hidden_size)}; "
                 f"this model has {_describe(config.intermediate_sizes, config.hidden_size)}"
             )
-        if self.fingerprint != fingerprint:
+        if fingerprint is not None and self.fingerprint != fingerprint:
             raise RequestError(
                 f"the plan was made for other weights: it names {self.fingerprint[:23]}..., "
                 f"the MLP weights of this model are {fingerprint[:23]}..."
@@ -181,7 +182,7 @@ class PruningPlan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OperationError(f"{name} is not a pruning plan: it is not JSON ({error})") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise OperationError(f'{name} is not a pruning plan: it has no "format": "{FORMAT}"')
@@ -189,9 +190,13 @@ class PruningPlan:
             raise RequestError(f"{name} has version {data.get('version')!r}; this program reads version {VERSION}")
         try:
             source = data["source"]
+            sizes = tuple(int(size) for size in source["intermediate_sizes"])
+            layers = [row["layer"] for row in data["layers"]]
+            if layers != list(range(len(sizes))) or not sizes:
+                raise OperationError(f"{name} is damaged: it must have {len(sizes)} layers, numbered from 0")
             plan = cls(
-                kept=tuple(_from_ranges(row["kept"]) for row in data["layers"]),
-                intermediate_sizes=tuple(int(size) for size in source["intermediate_sizes"]),
+                kept=tuple(_kept(row, size) for row, size in zip(data["layers"], sizes, strict=True)),
+                intermediate_sizes=sizes,
                 hidden_size=int(source["hidden_size"]),
                 criterion=str(data["criterion"]),
                 weights_dtype=str(source["weights_dtype"]),
@@ -199,17 +204,14 @@ class PruningPlan:
                 request=dict(data["request"]),
                 versions=dict(data["versions"]),
             )
-            layers = [row["layer"] for row in data["layers"]]
-            widths = list(data["widths"])
-        except (KeyError, TypeError, ValueError) as error:
+            summary = plan.summary()
+            wrong = [key for key in summary if data[key] != summary[key]]
+        except ValueError as error:
+            raise OperationError(f"{name} is damaged: {error}") from error
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise OperationError(f"{name} is damaged: {type(error).__name__} at {error}") from error
-        if layers != list(range(len(plan.intermediate_sizes))) or list(plan.widths) != widths:
-            raise OperationError(f"{name} is damaged: its layers do not match its widths")
-        for i, (kept, size) in enumerate(zip(plan.kept, plan.intermediate_sizes, strict=True)):
-            if not len(kept) or kept[0] < 0 or kept[-1] >= size or (np.diff(kept) <= 0).any():
-                raise OperationError(
-                    f"{name} is damaged: layer {i} must keep ascending neurons between 0 and {size - 1}"
-                )
+        if wrong:
+            raise OperationError(f"{name} is damaged: {wrong[0]} is {data[wrong[0]]!r}, not {summary[wrong[0]]!r}")
         return plan
 
     @classmethod
@@ -255,7 +257,7 @@ def make_plan(
         raise RequestError("give exactly one of --expansion-ratio, --prune-percent and --width")
     if multiple_of < 1:
         raise RequestError(f"--multiple-of is {multiple_of}; it must be at least 1")
-    chosen = set(range(len(scores.values)) if layers is None else layers)
+    chosen = set(range(len(scores.values)) if layers is None else map(operator.index, layers))
     if not chosen <= set(range(len(scores.values))) or not chosen:
         raise RequestError(f"layers {sorted(chosen)} are not all among 0 to {len(scores.values) - 1}")
 
@@ -303,8 +305,8 @@ def _check_target(target: int, size: int, hidden_size: int, layer: int, multiple
     if target // multiple_of * multiple_of >= size:
         verb = "grow" if target > size else "not shrink"
         raise RequestError(
-            f"a width of {target} (expansion ratio {target / hidden_size:.4g}) would {verb} layer {layer}, which "
-            f"has {size} neurons ({size / hidden_size:.4g}); ask for less"
+            f"a width of {target} would {verb} layer {layer}, which has {size} neurons (expansion ratio "
+            f"{size / hidden_size:.4g}); ask for less"
         )
 
 
@@ -319,9 +321,16 @@ def _to_ranges(indices: NDArray[np.int32]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _from_ranges(text: str) -> NDArray[np.int32]:
-    indices: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        indices.extend(range(int(first), int(last or first) + 1))
-    return np.asarray(indices, np.int32)
+def _kept(row: Mapping[str, Any], size: int) -> NDArray[np.int32]:
+    """Reads the line of one layer."""
+    if size > MAX_NEURONS:
+        raise ValueError(f"layer {row['layer']} has {size} neurons; it may have {MAX_NEURONS}")
+    runs, free = [], 0
+    for part in row["kept"].split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
+        if not free <= first <= last < size:
+            raise ValueError(f"layer {row['layer']} keeps {part!r}; it must keep ascending neurons of 0 to {size - 1}")
+        runs.append(np.arange(first, last + 1, dtype=np.int32))
+        free = last + 1
+    return np.concatenate(runs)

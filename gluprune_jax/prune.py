@@ -27,7 +27,6 @@ from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score,
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import PruningPlan, make_plan, parse_layers
 from gluprune_jax.report import changes, show
-from gluprune_jax.slicing import slice_model
 
 PLAN_FILE = "gluprune_plan.json"
 
@@ -48,13 +47,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gluprune_jax.prune",
-        description=DESCRIPTION,
-        epilog=terminal.EXIT_STATUS,
-        formatter_class=terminal.HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = terminal.ArgumentParser("python -m gluprune_jax.prune", DESCRIPTION)
     parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -151,11 +144,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             if args.random_baseline:
                 measure.take_random(model, plan)
             clock.lap("measure")
-        checkpoint = dataclasses.replace(
-            checkpoint,
-            model=slice_model(model, plan, donate=True),
-            history=(*checkpoint.history, {"base_model": checkpoint.source, **plan.summary()}),
-        )
+        checkpoint = checkpoint.pruned(plan, donate=True)
         clock.lap("slice")
         if measure:
             measure.take("pruned", checkpoint.model)

@@ -22,11 +22,15 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
 
     Args:
       model: the dense model.
-      plan: made for this model (see `PruningPlan.check_fits`).
+      plan: made for this model; only its shape is checked here (see `PruningPlan.check_fits`).
       width_multiple: zero-pads the stored arrays to a multiple of this (default: as in `model`).
       donate: frees each MLP of `model` once it is sliced; the largest layer is then all the extra memory that
         slicing needs, and `model` can no longer be used.
+
+    Raises:
+      RequestError: the plan was made for a model of another shape.
     """
+    plan.check_fits(model.config)
     config = dataclasses.replace(
         model.config,
         intermediate_sizes=plan.widths,

@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -48,6 +49,8 @@ def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
         if debug:
             raise
         reason = str(error) if isinstance(error, GlupruneError) else "out of memory"
+        # Names from foreign files may hold line ends and escape sequences.
+        reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
         stderr().print(f"{name}: error: {reason}", markup=False)
         return error.exit_status if isinstance(error, GlupruneError) else 1
     return 0
@@ -63,13 +66,35 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A command line whose help states the exit statuses, and whose errors are one line, without the usage."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=EXIT_STATUS,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:,.0f} {task.fields['unit']}/s")
 
 
+def _progress(*columns: ProgressColumn) -> Progress:
+    # Into a file or a pipe a bar would only print empty lines.
+    console = stderr()
+    return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+
+
 @contextlib.contextmanager
-def byte_progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for reading and writing; yields `report(what, bytes done, bytes in all)`."""
     columns = (
         TextColumn("{task.description}"),
@@ -78,7 +103,7 @@ def byte_progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], No
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr(), transient=True, disable=not enabled) as progress:
+    with _progress(*columns) as progress:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -90,10 +115,10 @@ def byte_progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], No
 
 
 @contextlib.contextmanager
-def count_progress(what: str, total: int, unit: str, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+def count_progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar for countable work; yields `report(done so far)`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True, disable=not enabled) as progress:
+    with _progress(*columns) as progress:
         task = progress.add_task(what, total=total, unit=unit)
         yield lambda done: progress.update(task, completed=done)
 

