@@ -30,9 +30,9 @@ from rich.table import Table
 
 from evals.perplexity import window_log_likelihoods
 from gluprune_jax.generation import DecodeState, decode, prefill
-from gluprune_jax.importance import CRITERIA, _extents, _score_layer
+from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
 from gluprune_jax.model import KVCache, abstract_model
-from gluprune_jax.slicing import _slice_mlp
+from gluprune_jax.slicing import slice_mlp
 
 HBM_BYTES = 16 * 2**30  # of a v5e chip
 KEPT = 4916  # 40 % pruned
@@ -53,9 +53,9 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     cache = jax.eval_shape(lambda: KVCache.empty(CONFIG, 8, 1024, jnp.bfloat16))
     state = DecodeState(cache, integers(8), integers(8), integers(8))
     return {
-        **{f"score, {name}": (_score_layer, (function, F, gate, gate)) for name, function in CRITERIA.items()},
-        "fingerprint": (_extents, (F, gate, gate, down)),
-        f"slice to {KEPT}": (_slice_mlp, (0, gate, gate, down, integers(KEPT))),
+        **{f"score, {name}": (score_layer, (function, F, gate, gate)) for name, function in CRITERIA.items()},
+        "fingerprint": (mlp_extents, (F, gate, gate, down)),
+        f"slice to {KEPT}": (slice_mlp, (0, gate, gate, down, integers(KEPT))),
         "masked log-likelihoods, 8 x 512": (
             window_log_likelihoods,
             (graphdef, params, integers(8, 512), integers(8), masks),

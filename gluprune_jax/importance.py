@@ -144,7 +144,7 @@ def score(model: Llama, criterion: str | Criterion = "ppm", *, on_layer: Callabl
     for i, (layer, width) in enumerate(zip(model.layers, model.config.intermediate_sizes, strict=True)):
         mlp = layer.mlp
         _digest_layer(digest, i, mlp, width)
-        layer_scores = np.asarray(_score_layer(function, width, mlp.gate_proj[...], mlp.up_proj[...]))
+        layer_scores = np.asarray(score_layer(function, width, mlp.gate_proj[...], mlp.up_proj[...]))
         if layer_scores.shape != (width,) or not np.isfinite(layer_scores).all():
             raise OperationError(
                 f"criterion {name!r} gave layer {i} scores of shape {layer_scores.shape}, not {width} finite numbers"
@@ -185,7 +185,7 @@ def fingerprint(model: Llama) -> str:
 
 def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLP, width: int) -> None:
     matrices = {"gate_proj": mlp.gate_proj[...], "up_proj": mlp.up_proj[...], "down_proj": mlp.down_proj[...]}
-    finite, extents = _extents(width, *matrices.values())
+    finite, extents = mlp_extents(width, *matrices.values())
     if not all(np.asarray(finite)):
         bad = [name for name, ok in zip(matrices, np.asarray(finite), strict=True) if not ok]
         raise OperationError(f"layer {i} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked")
@@ -193,12 +193,12 @@ def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLP, width: int) -> None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score_layer(function: Criterion, width: int, gate: Array, up: Array) -> Array:
+def score_layer(function: Criterion, width: int, gate: Array, up: Array) -> Array:
     return function(gate[:width], up[:width])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extents(width: int, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+def mlp_extents(width: int, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
     # Whether a matrix is finite is asked of the weights themselves: a float32 maximum may drop a NaN.
     gate, up, down = gate[:width], up[:width], down[:, :width]
     finite = jnp.stack([jnp.isfinite(w).all() for w in (gate, up, down)])

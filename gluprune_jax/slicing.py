@@ -43,7 +43,7 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
         paths = [("layers", i, "mlp", name) for name in ("gate_proj", "up_proj", "down_proj")]
         if len(kept) == stored == mlp.gate_proj.shape[0]:
             continue
-        sliced = _slice_mlp(stored - len(kept), *(arrays[path] for path in paths), kept)
+        sliced = slice_mlp(stored - len(kept), *(arrays[path] for path in paths), kept)
         if donate:
             for path in paths:
                 arrays[path].delete()
@@ -54,7 +54,7 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slice_mlp(
+def slice_mlp(
     padding: int, gate: Array, up: Array, down: Array, kept: np.ndarray[tuple[int], np.dtype[np.int32]]
 ) -> tuple[Array, Array, Array]:
     rows = ((0, padding), (0, 0))
