@@ -32,7 +32,7 @@ from evals.perplexity import window_log_likelihoods
 from gluprune_jax.generation import DecodeState, decode, prefill
 from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
 from gluprune_jax.model import KVCache, abstract_model
-from gluprune_jax.slicing import slice_mlp
+from gluprune_jax.slicing import slice_neurons
 
 HBM_BYTES = 16 * 2**30  # of a v5e chip
 KEPT = 4916  # 40 % pruned
@@ -55,7 +55,8 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return {
         **{f"score, {name}": (score_layer, (function, F, gate, gate)) for name, function in CRITERIA.items()},
         "fingerprint": (mlp_extents, (F, gate, gate, down)),
-        f"slice to {KEPT}": (slice_mlp, (0, gate, gate, down, integers(KEPT))),
+        f"slice gate to {KEPT}": (slice_neurons, (0, 0, gate, integers(KEPT))),
+        f"slice down to {KEPT}": (slice_neurons, (1, 0, down, integers(KEPT))),
         "masked log-likelihoods, 8 x 512": (
             window_log_likelihoods,
             (graphdef, params, integers(8, 512), integers(8), masks),

@@ -1,7 +1,7 @@
 """What a loader returns and a writer takes: a model and everything that travels with it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from convert.names import TensorName, tensor_names
+from gluprune_jax.importance import MLPWeights, mlp_weights
 from gluprune_jax.model import Llama, ModelConfig, abstract_model
 from gluprune_jax.plan import PruningPlan
 from gluprune_jax.slicing import slice_model
@@ -40,6 +41,18 @@ class Checkpoint:
         """The architecture of the model."""
         return self.model.config
 
+    def array(self, name: TensorName) -> Array:
+        """One tensor, in the shape of our parameter."""
+        node: Any = self.model
+        for part in name.path:
+            node = node[part] if isinstance(part, int) else getattr(node, part)
+        array: Array = node.get_value()
+        return array
+
+    def mlp_weights(self) -> Iterator[MLPWeights]:
+        """The MLP matrices, layer by layer, for scoring."""
+        return mlp_weights(self.model)
+
     def pruned(self, plan: PruningPlan, *, donate: bool = False) -> "Checkpoint":
         """The checkpoint with its model sliced by `plan`, and the plan's summary added to its history.
 
@@ -47,21 +60,25 @@ class Checkpoint:
           plan: made for this model.
           donate: frees the dense MLPs as it goes (see `slice_model`).
         """
-        record = {"base_model": self.source, **plan.summary()}
         model = slice_model(self.model, plan, donate=donate)
-        return dataclasses.replace(self, model=model, history=(*self.history, record))
+        return dataclasses.replace(self, model=model, history=(*self.history, self.record(plan)))
+
+    def record(self, plan: PruningPlan) -> Mapping[str, Any]:
+        """What `history` says of a pruning."""
+        return {"base_model": self.source, **plan.summary()}
 
 
-def build_model(config: ModelConfig, arrays: Mapping[str, Array]) -> Llama:
+def build_model(config: ModelConfig, arrays: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Llama:
     """Puts arrays into a model without allocating anything else.
 
     Args:
       config: the architecture.
-      arrays: by Hugging Face name, exactly the tensors of `tensor_names(config)`, each in our shape.
+      arrays: by Hugging Face name, exactly the tensors of `tensor_names(config)`, each in our shape. Shapes and
+        dtypes in place of arrays give an abstract model.
     """
     model = abstract_model(config)
     graphdef, state = nnx.split(model)
-    by_path: dict[tuple[Any, ...], Array] = {name.path: arrays[name.hf] for name in tensor_names(config)}
+    by_path: dict[tuple[Any, ...], Any] = {name.path: arrays[name.hf] for name in tensor_names(config)}
     flat = [(path, variable.replace(by_path[path])) for path, variable in nnx.to_flat_state(state)]
     merged: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return merged
@@ -72,6 +89,13 @@ def model_arrays(model: Llama) -> Iterator[tuple[TensorName, Array]]:
     flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     for name in tensor_names(model.config):
         yield name, flat[name.path]
+
+
+def abstract_weights(config: ModelConfig, dtypes: Mapping[str, Any]) -> Llama:
+    """The model with shapes and dtypes (given by Hugging Face name) in place of arrays."""
+    shapes = parameter_shapes(config)
+    struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct  # untyped in jax
+    return build_model(config, {hf: struct(leaf.shape, dtypes[hf]) for hf, leaf in shapes.items()})
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,12 +1,13 @@
 """Hugging Face folders: loading them into our model and writing them for stock `transformers`."""
 
 import concurrent.futures
+import dataclasses
 import fnmatch
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,23 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import Checkpoint, build_model, model_arrays, parameter_shapes
+from convert.checkpoint import Checkpoint, abstract_weights, build_model, model_arrays
 from convert.hf_config import accepted_without_effect, read_config, write_config
 from convert.names import TensorName, tensor_names
-from convert.safetensors_files import StoredTensor, check_finite, index_folder, layout, read_tensor, write_tensors
+from convert.safetensors_files import (
+    StoredTensor,
+    check_finite,
+    index_folder,
+    layout,
+    read_ahead,
+    read_tensor,
+    write_tensors,
+)
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.importance import MLPWeights
 from gluprune_jax.model import ModelConfig
+from gluprune_jax.plan import PruningPlan
+from gluprune_jax.slicing import slice_neurons
 
 # (what is being done, bytes done, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -57,20 +69,115 @@ def read_assets(folder: Path) -> dict[str, bytes]:
         raise OperationError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def read_huggingface(
-    folder: Path, source: str, dtype: np.dtype[Any] | None = None, progress: Progress | None = None
-) -> Checkpoint:
-    """Loads a folder with `config.json` and safetensors.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamedCheckpoint(Checkpoint):
+    """A Hugging Face folder whose weights stay in their files until each is asked for.
+
+    It scores, prunes and saves like any other checkpoint, to the same bits, with a few tensors in memory at a time.
+    `model` holds shapes and dtypes in place of arrays; `load` gives one that runs.
+
+    Attributes:
+      stored: where each tensor lies, by Hugging Face name.
+      stored_config: the architecture of what is in the files; `config` is that of the pruned model.
+      kept: for each layer the neurons that a plan keeps, if one was applied.
+      dtype: what every tensor is cast to as it is read; None keeps each tensor's own.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    stored_config: ModelConfig
+    kept: tuple[NDArray[np.int32], ...] | None = None
+    dtype: np.dtype[Any] | None = None
+
+    def array(self, name: TensorName) -> jax.Array:
+        """Reads one tensor.
+
+        Raises:
+          OperationError: the file cannot be read; NaN or Inf.
+        """
+        stored = self.stored[name.hf]
+        values = self._without_padding(name, read_tensor(stored))
+        if self.dtype is not None and self.dtype != values.dtype:
+            with np.errstate(over="ignore"):
+                values = values.astype(self.dtype)
+            check_finite(values, f"{stored.file}: tensor {name.hf}, cast to {self.dtype},")
+        if name.neuron_axis is None:
+            values = values.reshape(super().array(name).shape)
+        # device_put takes an aligned buffer over; asarray would copy it.
+        array: jax.Array = jax.device_put(values)
+        if name.neuron_axis is None or self.kept is None:
+            return array
+        sliced: jax.Array = slice_neurons(name.neuron_axis, 0, array, self.kept[int(name.path[1])])
+        return sliced
+
+    def mlp_weights(self) -> Iterator[MLPWeights]:
+        """Reads the MLP matrices of one layer after the other."""
+        names = {name.hf: name for name in tensor_names(self.config) if name.neuron_axis is not None}
+        matrices = read_ahead(lambda hf: self.array(names[hf]), names)
+        for gate, up, down in zip(matrices, matrices, matrices, strict=True):
+            yield MLPWeights(gate, up, down)
+
+    def pruned(self, plan: PruningPlan, *, donate: bool = False) -> "StreamedCheckpoint":
+        """The checkpoint of which only the kept neurons will be read. There is nothing to donate."""
+        plan.check_fits(self.config)
+        kept = plan.kept if self.kept is None else tuple(o[n] for o, n in zip(self.kept, plan.kept, strict=True))
+        config = dataclasses.replace(self.config, intermediate_sizes=plan.widths)
+        model = abstract_weights(config, self._dtypes())
+        return dataclasses.replace(self, model=model, kept=kept, history=(*self.history, self.record(plan)))
+
+    def load(self, progress: Progress | None = None) -> Checkpoint:
+        """Reads everything into a model that runs.
+
+        Raises:
+          OperationError: the files cannot be read; NaN or Inf.
+        """
+        names = {name.hf: name for name in tensor_names(self.config)}
+        total, done = sum(tensor.nbytes for tensor in self.stored.values()), 0
+        arrays = {}
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            futures = {pool.submit(self.array, name): hf for hf, name in names.items()}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    hf = futures[future]
+                    arrays[hf] = future.result()
+                    done += self.stored[hf].nbytes
+                    if progress:
+                        progress("reading safetensors", done, total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Checkpoint)}
+        return Checkpoint(**fields | {"model": build_model(self.config, arrays)})
+
+    def _dtypes(self) -> dict[str, np.dtype[Any]]:
+        return {hf: self.dtype or tensor.dtype for hf, tensor in self.stored.items()}
+
+    def _without_padding(self, name: TensorName, values: NDArray[Any]) -> NDArray[Any]:
+        """Removes the padding of a layer that is narrower than the widest, which must be zero."""
+        if name.neuron_axis is None:
+            return values
+        width = self.stored_config.intermediate_sizes[int(name.path[1])]
+        if values.shape[name.neuron_axis] == width:
+            return values
+        real, padding = np.split(values, [width], axis=name.neuron_axis)
+        if np.any(padding):
+            raise OperationError(
+                f"{self.stored[name.hf].file}: tensor {name.hf} has weights beyond neuron {width - 1}, where "
+                f"config.json (gluprune.intermediate_sizes) says that there is only padding"
+            )
+        return np.ascontiguousarray(real)
+
+
+def open_huggingface(folder: Path, source: str, dtype: np.dtype[Any] | None = None) -> StreamedCheckpoint:
+    """Opens a folder with `config.json` and safetensors; the weights are not read yet.
 
     Args:
       folder: the folder.
       source: what the user calls the model.
-      dtype: casts every tensor; None keeps each tensor's own.
-      progress: called as bytes are read.
+      dtype: casts every tensor as it is read; None keeps each tensor's own.
 
     Raises:
       RequestError: a config, dtype or layout that is not supported.
-      OperationError: damaged files; missing, unexpected or misshapen tensors (all of them listed); NaN or Inf.
+      OperationError: damaged files; missing, unexpected or misshapen tensors (all of them listed).
     """
     data = _read_json(folder / "config.json")
     config, rest = read_config(data, str(folder / "config.json"))
@@ -84,13 +191,16 @@ def read_huggingface(
     history = _read_json(folder / HISTORY_FILE) if (folder / HISTORY_FILE).exists() else []
     if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
         raise OperationError(f"{folder / HISTORY_FILE} is corrupt: it is not a list of records")
-    return Checkpoint(
-        model=build_model(config, _read_arrays(config, tensors, dtype, progress)),
+    return StreamedCheckpoint(
+        model=abstract_weights(config, {hf: dtype or tensor.dtype for hf, tensor in tensors.items()}),
         source=source,
         hf_config=rest,
         assets=read_assets(folder),
         history=tuple(history),
         notes=tuple(notes),
+        stored=tensors,
+        stored_config=config,
+        dtype=dtype,
     )
 
 
@@ -105,8 +215,9 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
     """
     config = checkpoint.config
     widest = max(config.intermediate_sizes)
-    arrays = {name.hf: (name, array) for name, array in model_arrays(checkpoint.model)}
-    tensors = {hf: (array.dtype, _file_shape(name, widest)) for hf, (name, array) in arrays.items()}
+    names = {name.hf: name for name in tensor_names(config)}
+    dtypes = {name.hf: array.dtype for name, array in model_arrays(checkpoint.model)}
+    tensors = {hf: (dtypes[hf], _file_shape(name, widest)) for hf, name in names.items()}
     sizes = {hf: math.prod(shape) * dtype.itemsize for hf, (dtype, shape) in tensors.items()}
     files = layout(sizes, MAX_SHARD_BYTES)
     total, done = sum(sizes.values()), 0
@@ -118,13 +229,15 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
         if progress:
             progress("writing safetensors", done, total)
 
-    for number, names in enumerate(files, start=1):
+    def values(hf: str) -> NDArray[Any]:
+        return _for_file(names[hf], checkpoint.array(names[hf]), widest)
+
+    for number, members in enumerate(files, start=1):
         file = "model.safetensors"
         if len(files) > 1:
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        here = {hf: tensors[hf] for hf in names}
-        write_tensors(folder / file, here, lambda hf: _for_file(*arrays[hf], widest), written)
-        weight_map |= dict.fromkeys(names, file)
+        write_tensors(folder / file, {hf: tensors[hf] for hf in members}, values, written)
+        weight_map |= dict.fromkeys(members, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
@@ -134,7 +247,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
 
 def write_assets(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes everything but the weights: `config.json`, the tokenizer and its like, the pruning history."""
-    embedding = checkpoint.model.embed_tokens[...]
+    embedding = checkpoint.model.embed_tokens.get_value()
     _write_json(folder / "config.json", write_config(checkpoint.config, checkpoint.hf_config, embedding.dtype))
     if checkpoint.history:
         _write_json(folder / HISTORY_FILE, list(checkpoint.history))
@@ -179,59 +292,8 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, StoredT
     return notes
 
 
-def _read_arrays(
-    config: ModelConfig,
-    tensors: Mapping[str, StoredTensor],
-    dtype: np.dtype[Any] | None,
-    progress: Progress | None,
-) -> dict[str, jax.Array]:
-    shapes = parameter_shapes(config)
-    names = {name.hf: name for name in tensor_names(config)}
-    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
-
-    def read(hf: str) -> jax.Array:
-        tensor = tensors[hf]
-        values = _strip(names[hf], read_tensor(tensor), tensor)
-        if dtype is not None and dtype != values.dtype:
-            with np.errstate(over="ignore"):
-                values = values.astype(dtype)
-            check_finite(values, f"{tensor.file}: tensor {hf}, cast to {dtype},")
-        # device_put takes an aligned buffer over; asarray would copy it.
-        array: jax.Array = jax.device_put(values.reshape(shapes[hf].shape))
-        return array
-
-    arrays = {}
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        futures = {pool.submit(read, hf): hf for hf in names}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                hf = futures[future]
-                arrays[hf] = future.result()
-                done += tensors[hf].nbytes
-                if progress:
-                    progress("reading safetensors", done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return arrays
-
-
 def _file_shape(name: TensorName, widest: int) -> tuple[int, ...]:
     return tuple(widest if axis == name.neuron_axis else size for axis, size in enumerate(name.shape))
-
-
-def _strip(name: TensorName, values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
-    """Removes the padding of a narrower layer, which must be zero."""
-    if values.shape == name.shape:
-        return values
-    assert name.neuron_axis is not None
-    kept, padding = np.split(values, [name.shape[name.neuron_axis]], axis=name.neuron_axis)
-    if np.any(padding):
-        raise OperationError(
-            f"{tensor.file}: tensor {name.hf} has weights beyond neuron {name.shape[name.neuron_axis] - 1}, where "
-            f"config.json (gluprune.intermediate_sizes) says that there is only padding"
-        )
-    return np.ascontiguousarray(kept)
 
 
 def _for_file(name: TensorName, array: jax.Array, widest: int) -> NDArray[Any]:

@@ -2,16 +2,17 @@
 
 The safetensors library maps whole files, so every page that is read stays in the resident set beside the copy made
 of it. Reading byte ranges into buffers that JAX adopts keeps the peak at the size of the weights, and lets a
-process read only what it needs. To write, the library wants all tensors of a file in memory at once; here it is one.
+process read only what it needs. To write, the library wants all tensors of a file in memory at once; here it is a few.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -25,9 +26,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
+T = TypeVar("T")
+
 # Where XLA's CPU client takes a buffer over instead of copying it.
 _ALIGNMENT = 64
 _CHUNK = 1 << 23
+_READ_AHEAD = 2
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -163,7 +167,7 @@ def write_tensors(
     values: Callable[[str], NDArray[Any]],
     written: Callable[[int], None],
 ) -> None:
-    """Writes a safetensors file with one tensor in memory at a time.
+    """Writes a safetensors file with a few tensors in memory: one is written while the next are made ready.
 
     Args:
       file: the file to write.
@@ -187,15 +191,33 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     try:
-        with file.open("wb") as stream:
+        with file.open("wb") as stream, concurrent.futures.ThreadPoolExecutor(1) as background:
             stream.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                array = np.asarray(values(name), order="C")
+            # The disk works while the next tensors are made ready, and has little left to do at the end.
+            flushed = background.submit(os.fsync, stream.fileno())
+            for name, value in zip(names, read_ahead(values, names), strict=True):
+                array = np.asarray(value, order="C")
                 assert (array.dtype, array.shape) == tensors[name], name
                 stream.write(array.reshape(-1).view(np.uint8).data)
+                if flushed.done():
+                    flushed.result()
+                    flushed = background.submit(os.fsync, stream.fileno())
                 written(array.nbytes)
+            flushed.result()
     except OSError as error:
         raise OperationError(f"cannot write {file}: {error.strerror}") from error
+
+
+def read_ahead(function: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+    """Maps in order, working on the next two values while one is used, so that reading and computing overlap."""
+    with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
+        pending: list[concurrent.futures.Future[T]] = []
+        for name in names:
+            pending.append(pool.submit(function, name))
+            if len(pending) > _READ_AHEAD:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
 
 
 def check_finite(values: NDArray[Any], where: str) -> None:

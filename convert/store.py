@@ -18,7 +18,14 @@ from convert.checkpoint import Checkpoint, model_arrays
 from convert.demo import demo_path
 from convert.gguf_model import read_gguf
 from convert.hub import hub_snapshot, looks_like_hub_id
-from convert.huggingface import Progress, read_assets, read_huggingface, write_assets, write_huggingface
+from convert.huggingface import (
+    Progress,
+    StreamedCheckpoint,
+    open_huggingface,
+    read_assets,
+    write_assets,
+    write_huggingface,
+)
 from convert.safetensors_files import DTYPES
 from gluprune_jax.atomic import staged_directory
 from gluprune_jax.checkpoint import is_orbax, load_orbax, save_orbax
@@ -37,6 +44,7 @@ def load(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Loads a model.
@@ -46,6 +54,8 @@ def load(
         `demo`.
       dtype: "float32", "bfloat16" or "float16" casts every weight as it is read; None keeps each as it is stored.
       revision: branch, tag or commit, for hub ids.
+      stream: leaves the weights of a Hugging Face folder or hub id in their files until each is asked for: enough to
+        score, prune and save, in the memory of a few tensors (see `StreamedCheckpoint`). Other formats are loaded.
       progress: called with what is being done, the bytes done and the bytes in all.
 
     Raises:
@@ -69,10 +79,15 @@ def load(
             return _read_orbax(path, path.parent, str(name), target)
         if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
             return _read_orbax(path / "orbax", path, str(name), target)
-        return read_huggingface(path, str(name), target, progress)
-    if looks_like_hub_id(str(name)):
-        return read_huggingface(hub_snapshot(str(name), revision), str(name), target, progress)
-    raise RequestError(f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'")
+        folder = path
+    elif looks_like_hub_id(str(name)):
+        folder = hub_snapshot(str(name), revision)
+    else:
+        raise RequestError(
+            f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'"
+        )
+    opened = open_huggingface(folder, str(name), target)
+    return opened if stream else opened.load(progress)
 
 
 def parse_formats(text: str) -> list[str]:
@@ -122,6 +137,8 @@ def save(
       OperationError: the disk refuses.
     """
     parse_formats(",".join(formats))
+    if isinstance(checkpoint, StreamedCheckpoint) and "orbax" in formats:
+        checkpoint = checkpoint.load(progress)
     with staged_directory(Path(output), overwrite=overwrite) as folder:
         if "hf" in formats:
             write_huggingface(checkpoint, folder, progress)

@@ -11,8 +11,8 @@ same bits however the neurons are sharded or chunked.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.model import MLP, Llama, ModelConfig
+from gluprune_jax.model import Llama, ModelConfig
 
 Criterion = Callable[[Array, Array], Array]
 
@@ -117,7 +117,27 @@ class Scores:
         return tuple(len(v) for v in self.values)
 
 
-def score(model: Llama, criterion: str | Criterion = "ppm", *, on_layer: Callable[[int], None] | None = None) -> Scores:
+class MLPWeights(NamedTuple):
+    """The matrices of one layer: gate and up `[F, D]`, down `[D, F]`, F as stored."""
+
+    gate_proj: Array
+    up_proj: Array
+    down_proj: Array
+
+
+def mlp_weights(model: Llama) -> Iterator[MLPWeights]:
+    """The MLP matrices of a model, layer by layer."""
+    for layer in model.layers:
+        yield MLPWeights(layer.mlp.gate_proj[...], layer.mlp.up_proj[...], layer.mlp.down_proj[...])
+
+
+def score(
+    model: Llama,
+    criterion: str | Criterion = "ppm",
+    *,
+    weights: Iterable[MLPWeights] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> Scores:
     """Scores every MLP neuron of a model.
 
     The fingerprint is the SHA-256 of the peak-to-peak magnitudes of every gate row, up row and down column: it is
@@ -126,6 +146,8 @@ def score(model: Llama, criterion: str | Criterion = "ppm", *, on_layer: Callabl
     Args:
       model: the model; storage padding (`width_multiple`) is not scored.
       criterion: a name in `CRITERIA`, or a function `(gate [F, D], up [F, D]) -> [F]`.
+      weights: the MLP matrices of each layer, if they are not to be taken from `model` (which may then be abstract):
+        each is asked for when the one before it has been scored.
       on_layer: called with the index of each layer once it is scored, for progress.
 
     Raises:
@@ -141,16 +163,16 @@ def score(model: Llama, criterion: str | Criterion = "ppm", *, on_layer: Callabl
 
     digest = hashlib.sha256()
     values, dtypes = [], set()
-    for i, (layer, width) in enumerate(zip(model.layers, model.config.intermediate_sizes, strict=True)):
-        mlp = layer.mlp
+    matrices = mlp_weights(model) if weights is None else weights
+    for i, (mlp, width) in enumerate(zip(matrices, model.config.intermediate_sizes, strict=True)):
         _digest_layer(digest, i, mlp, width)
-        layer_scores = np.asarray(score_layer(function, width, mlp.gate_proj[...], mlp.up_proj[...]))
+        layer_scores = np.asarray(score_layer(function, width, mlp.gate_proj, mlp.up_proj))
         if layer_scores.shape != (width,) or not np.isfinite(layer_scores).all():
             raise OperationError(
                 f"criterion {name!r} gave layer {i} scores of shape {layer_scores.shape}, not {width} finite numbers"
             )
         values.append(layer_scores.astype(np.float32))
-        dtypes |= {str(w.dtype) for w in (mlp.gate_proj[...], mlp.up_proj[...])}
+        dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
         if on_layer:
             on_layer(i)
     return Scores(
@@ -171,34 +193,36 @@ def random_values(config: ModelConfig, seed: int = 0) -> tuple[NDArray[np.float3
     )
 
 
-def fingerprint(model: Llama) -> str:
-    """Identifies the MLP weights of a model (see `score`).
+def fingerprint(model: Llama, *, weights: Iterable[MLPWeights] | None = None) -> str:
+    """Identifies the MLP weights of a model; for this and for `weights` see `score`.
 
     Raises:
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
     digest = hashlib.sha256()
-    for i, (layer, width) in enumerate(zip(model.layers, model.config.intermediate_sizes, strict=True)):
-        _digest_layer(digest, i, layer.mlp, width)
+    matrices = mlp_weights(model) if weights is None else weights
+    for i, (mlp, width) in enumerate(zip(matrices, model.config.intermediate_sizes, strict=True)):
+        _digest_layer(digest, i, mlp, width)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLP, width: int) -> None:
-    matrices = {"gate_proj": mlp.gate_proj[...], "up_proj": mlp.up_proj[...], "down_proj": mlp.down_proj[...]}
-    finite, extents = mlp_extents(width, *matrices.values())
+def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLPWeights, width: int) -> None:
+    finite, extents = mlp_extents(width, *mlp)
     if not all(np.asarray(finite)):
-        bad = [name for name, ok in zip(matrices, np.asarray(finite), strict=True) if not ok]
+        bad = [name for name, ok in zip(mlp._fields, np.asarray(finite), strict=True) if not ok]
         raise OperationError(f"layer {i} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked")
     digest.update(np.asarray(extents, "<f4").tobytes())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def score_layer(function: Criterion, width: int, gate: Array, up: Array) -> Array:
+    """The scores `[width]` of the first `width` neurons: what comes after them is storage padding."""
     return function(gate[:width], up[:width])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def mlp_extents(width: int, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+    """Whether each matrix is finite, `[3]`; the peak-to-peak magnitudes of its neurons, `[3, width]` float32."""
     # Whether a matrix is finite is asked of the weights themselves: a float32 maximum may drop a NaN.
     gate, up, down = gate[:width], up[:width], down[:, :width]
     finite = jnp.stack([jnp.isfinite(w).all() for w in (gate, up, down)])

@@ -7,8 +7,9 @@ G = N / K, H head dim, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,9 @@ def rotate(x: Array, positions: Array, frequencies: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param[Array]:
+def _normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param[Array]:
+    if rngs is None:
+        return nnx.Param(jnp.zeros(shape, dtype))
     # 0.02: `initializer_range` of the Llama configs.
     return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
 
@@ -171,7 +174,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary embeddings."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype: DTypeLike):
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.q_proj = _normal(rngs, (N, H, D), dtype)
         self.k_proj = _normal(rngs, (K, H, D), dtype)
@@ -196,7 +199,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated linear unit: `down(silu(gate(x)) * up(x))`, with an optional mask over its neurons."""
 
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs | None, dtype: DTypeLike):
         self.gate_proj = _normal(rngs, (width, config.hidden_size), dtype)
         self.up_proj = _normal(rngs, (width, config.hidden_size), dtype)
         self.down_proj = _normal(rngs, (config.hidden_size, width), dtype)
@@ -214,7 +217,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs | None, dtype: DTypeLike):
         self.input_layernorm = RMSNorm(config, dtype)
         self.self_attn = Attention(config, rngs, dtype)
         self.post_attention_layernorm = RMSNorm(config, dtype)
@@ -242,7 +245,7 @@ class Llama(nnx.Module):
     """Decoder-only transformer of the Llama family.
 
     Activations take the dtype of the embedding; every other weight is cast to it where it is used, so a
-    checkpoint of mixed dtypes runs as it is stored.
+    checkpoint of mixed dtypes runs as it is stored. Weights are drawn from `rngs`, or zero where it is None.
 
     Compiled code splits the module once and jits a pure function over its state:
 
@@ -255,7 +258,7 @@ class Llama(nnx.Module):
             return model.logits(hidden)
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.embed_tokens = _normal(rngs, (config.vocab_size, config.hidden_size), dtype)
         self.layers = nnx.List([DecoderLayer(config, width, rngs, dtype) for width in config.stored_intermediate_sizes])
@@ -308,7 +311,15 @@ class Llama(nnx.Module):
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Llama:
     """The model with `jax.ShapeDtypeStruct` in place of arrays: costs no memory, for any size."""
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graphdef, state = _abstract_parts(config, jnp.dtype(dtype))
+    model: Llama = nnx.merge(graphdef, state, copy=True)
+    return model
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_parts(config: ModelConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
+    # Cached: loading, slicing and saving all ask for the same shapes.
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=None, dtype=dtype)))
 
 
 # ---------------------------------------------------------------------------------------------------- cache

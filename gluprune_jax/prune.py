@@ -118,7 +118,13 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     plan = None if args.plan is None else PruningPlan.load(args.plan)
     clock = _Clock()
     with terminal.byte_progress() as progress:
-        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, progress=progress)
+        checkpoint = convert.load(
+            args.model,
+            dtype=args.dtype,
+            revision=args.revision,
+            stream=not (args.evaluate or args.sample),  # to measure, all of the model must be in memory
+            progress=progress,
+        )
     model, dense = checkpoint.model, checkpoint.config
     if not args.json:
         for note in checkpoint.notes:
@@ -126,9 +132,10 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     clock.lap("load")
 
     if plan is None:
-        plan = _make_plan(args, model)
+        plan = _make_plan(args, checkpoint)
     else:
-        plan.check_fits(dense, fingerprint(model))
+        plan.check_fits(dense)
+        plan.check_fits(dense, fingerprint(model, weights=checkpoint.mlp_weights()))
     report = {"model": args.model, **changes(model, plan)}
     clock.lap("score")
     if args.plan_out and not args.dry_run:
@@ -210,10 +217,10 @@ def _check_request(args: argparse.Namespace) -> list[str]:
     return formats
 
 
-def _make_plan(args: argparse.Namespace, model: Llama) -> PruningPlan:
-    config = model.config
+def _make_plan(args: argparse.Namespace, checkpoint: convert.Checkpoint) -> PruningPlan:
+    config, weights = checkpoint.config, checkpoint.mlp_weights()
     with terminal.count_progress("scoring neurons", config.num_hidden_layers, "layers") as progress:
-        scores = score(model, args.criterion, on_layer=lambda i: progress(i + 1))
+        scores = score(checkpoint.model, args.criterion, weights=weights, on_layer=lambda i: progress(i + 1))
     return make_plan(
         scores,
         expansion_ratio=args.expansion_ratio,

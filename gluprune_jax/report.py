@@ -13,16 +13,19 @@ from gluprune_jax.terminal import format_bytes
 
 
 def changes(model: Llama, plan: PruningPlan) -> dict[str, Any]:
-    """Widths, parameters and bytes before and after `plan`; bytes are those of the weights without padding."""
+    """Widths, parameters and bytes before and after `plan`; bytes are those of the weights without padding.
+
+    `model` may be abstract.
+    """
     dense = model.config
-    weights = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    stored = sum(variable.get_value().nbytes for _, variable in weights)
+    weights = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    stored = sum(weight.size * weight.dtype.itemsize for weight in weights)
     removed = padding = parameters = 0
     for layer, width, before, after in zip(
         model.layers, dense.stored_intermediate_sizes, dense.intermediate_sizes, plan.widths, strict=True
     ):
         for weight in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-            neuron_bytes = dense.hidden_size * weight.dtype.itemsize
+            neuron_bytes = dense.hidden_size * weight.get_value().dtype.itemsize
             padding += (width - before) * neuron_bytes
             removed += (before - after) * neuron_bytes
             parameters += (before - after) * dense.hidden_size

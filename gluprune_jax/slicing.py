@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from numpy.typing import NDArray
 
 from gluprune_jax.model import Llama, abstract_model
 from gluprune_jax.plan import PruningPlan
+
+NEURON_AXES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 
 
 def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None = None, donate: bool = False) -> Llama:
@@ -24,7 +27,7 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
       model: the dense model.
       plan: made for this model; only its shape is checked here (see `PruningPlan.check_fits`).
       width_multiple: zero-pads the stored arrays to a multiple of this (default: as in `model`).
-      donate: frees each MLP of `model` once it is sliced; the largest layer is then all the extra memory that
+      donate: frees each MLP matrix of `model` once it is sliced; the largest one is then all the extra memory that
         slicing needs, and `model` can no longer be used.
 
     Raises:
@@ -40,26 +43,22 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
     arrays = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     for i, (kept, stored) in enumerate(zip(plan.kept, config.stored_intermediate_sizes, strict=True)):
         mlp = model.layers[i].mlp
-        paths = [("layers", i, "mlp", name) for name in ("gate_proj", "up_proj", "down_proj")]
         if len(kept) == stored == mlp.gate_proj.shape[0]:
             continue
-        sliced = slice_mlp(stored - len(kept), *(arrays[path] for path in paths), kept)
-        if donate:
-            for path in paths:
-                arrays[path].delete()
-        arrays |= dict(zip(paths, sliced, strict=True))
+        for name, axis in NEURON_AXES.items():
+            path = ("layers", i, "mlp", name)
+            dense, arrays[path] = arrays[path], slice_neurons(axis, stored - len(kept), arrays[path], kept)
+            if donate:
+                # Else the slices of all layers would be allocated before the first dense array is free.
+                arrays[path].block_until_ready()
+                dense.delete()
     flat = [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(state)]
     sliced_model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return sliced_model
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def slice_mlp(
-    padding: int, gate: Array, up: Array, down: Array, kept: np.ndarray[tuple[int], np.dtype[np.int32]]
-) -> tuple[Array, Array, Array]:
-    rows = ((0, padding), (0, 0))
-    return (
-        jnp.pad(jnp.take(gate, kept, axis=0, mode="clip"), rows),
-        jnp.pad(jnp.take(up, kept, axis=0, mode="clip"), rows),
-        jnp.pad(jnp.take(down, kept, axis=1, mode="clip"), rows[::-1]),
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def slice_neurons(axis: int, padding: int, w: Array, kept: NDArray[np.int32]) -> Array:
+    """The neurons `kept` of a matrix along `axis`, and after them `padding` neurons of zeros."""
+    taken = jnp.take(w, kept, axis=axis, mode="clip")
+    return jnp.pad(taken, [(0, padding if a == axis else 0) for a in range(w.ndim)])

@@ -370,3 +370,11 @@ def test_weights_of_mixed_dtypes_run_in_the_dtype_of_the_embedding(model: Llama)
     rounded = change_arrays(mixed, lambda path, array: array.astype(jnp.float32), model.config)
     assert jax.eval_shape(mixed, TOKENS)[0].dtype == jnp.float32
     np.testing.assert_allclose(logits_of(mixed), logits_of(rounded), rtol=0, atol=1e-6)
+
+
+def test_abstract_models_share_nothing() -> None:
+    config = dataclasses.replace(read_config(hf_config())[0], vocab_size=7)
+    first, second = abstract_model(config), abstract_model(config)
+    first.norm.weight.set_value(jnp.ones(48))
+    assert isinstance(second.norm.weight.get_value(), jax.ShapeDtypeStruct)
+    assert isinstance(abstract_model(config).norm.weight.get_value(), jax.ShapeDtypeStruct)
