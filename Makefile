@@ -31,10 +31,11 @@ tpu-check: .venv/runtime  ## compile the programs for a Llama-3.2-1B with the re
 
 notebooks: .venv/dev  ## execute the notebooks
 	$(BIN)/pip install --quiet --editable '.[notebooks]'
-	cd $$(mktemp -d) && $(CURDIR)/$(BIN)/jupyter nbconvert --to notebook --execute --output-dir . $(CURDIR)/notebooks/*.ipynb
+	rm -rf .notebooks && cp -r notebooks .notebooks  # a kernel works beside its notebook, and leaves files there
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace .notebooks/*.ipynb && rm -r .notebooks
 
 clean:  ## remove what this file makes
-	rm -rf .venv demo-output dist
+	rm -rf .venv .notebooks demo-output dist
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.12")'

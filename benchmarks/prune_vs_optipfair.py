@@ -102,8 +102,8 @@ def main() -> None:
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(prepare, args.model, model).result()
         runs: dict[str, list[dict[str, float]]] = {"gluprune_jax": [], "optipfair": []}
-        for _ in range(args.runs):
-            for program, results in runs.items():
+        for i in range(args.runs):
+            for program, results in list(runs.items())[:: 1 if i % 2 else -1]:  # now one first, now the other
                 output = Path(work) / program
                 shutil.rmtree(output, ignore_errors=True)
                 os.sync()  # what the other one left to be written is not this one's time

@@ -5,7 +5,7 @@
 Runs on JAX's default device over the gate and up matrices of Llama-3.2-1B (16 layers of 2 x [8192, 2048]).
 Compilation is left out: one untimed pass goes first. The copy rate is that of adding one to as many bytes of integers
 in place (as STREAM's scale kernel does it, without the page faults of fresh memory), counting the bytes read plus the
-bytes written. Scoring only reads.
+bytes written. Scoring only reads. The check for NaN and the fingerprint, which `score` adds, are not part of it.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def _convert(args: argparse.Namespace) -> None:
     check_target(args.output, args.overwrite)
     refuse_own_folder(args.model, args.output)
     with terminal.byte_progress() as progress:
-        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, progress=progress)
+        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, stream=True, progress=progress)
         convert.save(checkpoint, args.output, formats=formats, overwrite=args.overwrite, progress=progress)
     if args.json:
         report = {

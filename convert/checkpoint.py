@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
+from numpy.typing import NDArray
 
 from convert.names import TensorName, tensor_names
+from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import MLPWeights, mlp_weights
 from gluprune_jax.model import Llama, ModelConfig, abstract_model
 from gluprune_jax.plan import PruningPlan
@@ -89,6 +92,24 @@ def model_arrays(model: Llama) -> Iterator[tuple[TensorName, Array]]:
     flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     for name in tensor_names(model.config):
         yield name, flat[name.path]
+
+
+def cast(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """The finite values of tensor `name` in another dtype.
+
+    Raises:
+      RequestError: some are too large for it.
+    """
+    with np.errstate(over="ignore"):
+        values = values.astype(dtype)
+    if not np.isfinite(values).all():
+        raise too_large(name, dtype)
+    return values
+
+
+def too_large(name: str, dtype: np.dtype[Any]) -> RequestError:
+    """The refusal of a cast."""
+    return RequestError(f"{name} holds values too large for {dtype}; accepted: a dtype of wider range")
 
 
 def abstract_weights(config: ModelConfig, dtypes: Mapping[str, Any]) -> Llama:

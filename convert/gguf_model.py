@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
-from convert.checkpoint import Checkpoint, build_model, parameter_shapes
+from convert.checkpoint import Checkpoint, build_model, cast, parameter_shapes
 from convert.gguf_tokenizer import special_token_ids, token_id, tokenizer_assets
 from convert.names import tensor_names
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
@@ -111,7 +111,7 @@ def _read(path: pathlib.Path, dtype: np.dtype[Any] | None, progress: Progress | 
         arrays[name.hf] = jax.device_put(np.ascontiguousarray(values.reshape(shapes[name.hf].shape)))
         done += int(tensor.n_bytes)
         if progress is not None:
-            progress(f"reading {tensor.name}", done, total)
+            progress("reading GGUF", done, total)
 
     stored = Counter(tensor.tensor_type for _, tensor in wanted)
     counts = ", ".join(f"{count} {kind.name}" for kind, count in stored.most_common())
@@ -358,11 +358,7 @@ def _values(tensor: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
         if not np.isfinite(values).all():
             raise OperationError(f"{tensor.name} holds values that are not finite")
         if dtype is not None and values.dtype != dtype:
-            values = values.astype(dtype)
-            if not np.isfinite(values).all():
-                raise RequestError(
-                    f"{tensor.name} holds values too large for {dtype}; accepted: a dtype of wider range"
-                )
+            values = cast(values, dtype, tensor.name)
     return values
 
 

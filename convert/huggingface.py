@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import Checkpoint, abstract_weights, build_model, model_arrays
+from convert.checkpoint import Checkpoint, abstract_weights, build_model, cast, model_arrays
 from convert.hf_config import accepted_without_effect, read_config, write_config
 from convert.names import TensorName, tensor_names
 from convert.safetensors_files import (
     StoredTensor,
-    check_finite,
     index_folder,
     layout,
     read_ahead,
@@ -92,14 +91,13 @@ class StreamedCheckpoint(Checkpoint):
         """Reads one tensor.
 
         Raises:
-          OperationError: the file cannot be read; NaN or Inf.
+          OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
+          RequestError: values too large for the dtype they are cast to.
         """
         stored = self.stored[name.hf]
         values = self._without_padding(name, read_tensor(stored))
         if self.dtype is not None and self.dtype != values.dtype:
-            with np.errstate(over="ignore"):
-                values = values.astype(self.dtype)
-            check_finite(values, f"{stored.file}: tensor {name.hf}, cast to {self.dtype},")
+            values = cast(values, self.dtype, f"{stored.file}: tensor {name.hf}")
         if name.neuron_axis is None:
             values = values.reshape(super().array(name).shape)
         # device_put takes an aligned buffer over; asarray would copy it.
@@ -111,8 +109,10 @@ class StreamedCheckpoint(Checkpoint):
 
     def mlp_weights(self) -> Iterator[MLPWeights]:
         """Reads the MLP matrices of one layer after the other."""
-        names = {name.hf: name for name in tensor_names(self.config) if name.neuron_axis is not None}
-        matrices = read_ahead(lambda hf: self.array(names[hf]), names)
+        names = {name.path: name for name in tensor_names(self.config)}
+        layers = range(self.config.num_hidden_layers)
+        wanted = [names["layers", i, "mlp", matrix] for i in layers for matrix in MLPWeights._fields]
+        matrices = read_ahead(self.array, wanted)
         for gate, up, down in zip(matrices, matrices, matrices, strict=True):
             yield MLPWeights(gate, up, down)
 

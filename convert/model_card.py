@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
+from convert.hub import looks_like_hub_id
 from gluprune_jax.model import ModelConfig
 
 
@@ -19,7 +21,7 @@ def model_card(checkpoint: Checkpoint, dense: ModelConfig, evaluation: Mapping[s
     """
     config, record = checkpoint.config, checkpoint.history[-1]
     header = ["---", "library_name: transformers", "tags: [gluprune, pruned, llama]"]
-    if checkpoint.source.count("/") == 1 and not checkpoint.source.startswith((".", "/", "~")):
+    if looks_like_hub_id(checkpoint.source) and not Path(checkpoint.source).exists():
         header.append(f"base_model: {checkpoint.source}")
     request = {key: value for key, value in record["request"].items() if key not in ("multiple_of", "layers")}
     rows = [

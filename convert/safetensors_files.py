@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 # Where XLA's CPU client takes a buffer over instead of copying it.
@@ -37,7 +38,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `nbytes` bytes at `offset` of `file`."""
+    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, which was last written at `modified` (ns)."""
 
     file: Path
     name: str
@@ -45,6 +46,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    modified: int
 
 
 def index_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -92,7 +94,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
       OperationError: truncated or corrupt.
     """
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -120,7 +123,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if dtype is None:
                 refused.append(f"{name} ({entry['dtype']})")
                 continue
-            tensor = StoredTensor(file, name, dtype, shape, 8 + length + start, stop - start)
+            tensor = StoredTensor(file, name, dtype, shape, 8 + length + start, stop - start, status.st_mtime_ns)
             if tensor.nbytes != math.prod(shape) * dtype.itemsize:
                 raise OperationError(
                     f"{file} is corrupt: {name} has {tensor.nbytes} bytes for shape {shape} of {dtype}"
@@ -147,6 +150,8 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     buffer = buffer[start : start + tensor.nbytes]
     try:
         with tensor.file.open("rb", buffering=0) as stream:
+            if os.fstat(stream.fileno()).st_mtime_ns != tensor.modified:
+                raise OperationError(f"{tensor.file} has changed since it was opened; run again")
             for begin in range(0, tensor.nbytes, _CHUNK):
                 chunk = buffer[begin : begin + _CHUNK]
                 done = 0
@@ -208,16 +213,20 @@ def write_tensors(
         raise OperationError(f"cannot write {file}: {error.strerror}") from error
 
 
-def read_ahead(function: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+def read_ahead(function: Callable[[K], T], names: Iterable[K]) -> Iterator[T]:
     """Maps in order, working on the next two values while one is used, so that reading and computing overlap."""
+    pending: list[concurrent.futures.Future[T]] = []
     with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
-        pending: list[concurrent.futures.Future[T]] = []
-        for name in names:
-            pending.append(pool.submit(function, name))
-            if len(pending) > _READ_AHEAD:
+        try:
+            for name in names:
+                pending.append(pool.submit(function, name))
+                if len(pending) > _READ_AHEAD:
+                    yield pending.pop(0).result()
+            while pending:
                 yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def check_finite(values: NDArray[Any], where: str) -> None:

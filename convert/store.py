@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.checkpoint import Checkpoint, model_arrays
+from convert.checkpoint import Checkpoint, model_arrays, too_large
 from convert.demo import demo_path
 from convert.gguf_model import read_gguf
 from convert.hub import hub_snapshot, looks_like_hub_id
@@ -30,6 +30,7 @@ from convert.safetensors_files import DTYPES
 from gluprune_jax.atomic import staged_directory
 from gluprune_jax.checkpoint import is_orbax, load_orbax, save_orbax
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.model import Llama
 
 FORMATS = ("hf", "orbax")
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
@@ -76,7 +77,8 @@ def load(
         return read_gguf(path, target, progress)
     if path.is_dir():
         if is_orbax(path):
-            return _read_orbax(path, path.parent, str(name), target)
+            # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
+            return _read_orbax(path, path.parent if path.name == "orbax" else path, str(name), target)
         if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
             return _read_orbax(path / "orbax", path, str(name), target)
         folder = path
@@ -146,21 +148,31 @@ def save(
             write_assets(checkpoint, folder)
         if "orbax" in formats:
             metadata = {"hf_config": dict(checkpoint.hf_config), "history": list(checkpoint.history)}
+            nbytes = sum(array.nbytes for _, array in model_arrays(checkpoint.model))
+            if progress:
+                progress("writing Orbax", 0, nbytes)
             save_orbax(folder / "orbax", checkpoint.model, metadata)
+            if progress:
+                progress("writing Orbax", nbytes, nbytes)
         for file, text in (extra_files or {}).items():
             (folder / file).write_text(text, encoding="utf-8")
 
 
 def _read_orbax(path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None) -> Checkpoint:
     model, metadata = load_orbax(path)
+    if bad := _not_finite(model):
+        raise OperationError(f"{path} has NaN or Inf weights in {', '.join(bad)}")
     if dtype is not None:
         state = jax.tree.map(lambda array: array.astype(dtype), nnx.state(model, nnx.Param))
         nnx.update(model, state)
-    if bad := [name.hf for name, array in model_arrays(model) if not jnp.isfinite(array).all()]:
-        cast = f", cast to {dtype}," if dtype else ""
-        raise OperationError(f"{path}{cast} has NaN or Inf weights in {', '.join(bad)}")
+        if bad := _not_finite(model):
+            raise too_large(f"{path}: {', '.join(bad)}", dtype)
     try:
         hf_config, history = metadata["hf_config"], tuple(metadata["history"])
     except KeyError as error:
         raise OperationError(f"{path} is an Orbax checkpoint without {error} in its metadata") from error
     return Checkpoint(model=model, source=source, hf_config=hf_config, assets=read_assets(assets), history=history)
+
+
+def _not_finite(model: Llama) -> list[str]:
+    return [name.hf for name, array in model_arrays(model) if not jnp.isfinite(array).all()]

@@ -28,8 +28,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, ImportError) as error:
-            raise OperationError(f"the tokenizer of {checkpoint.source} cannot be read: {error}") from error
+        except Exception as error:  # the Rust library raises bare ones
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OperationError(f"the tokenizer of {checkpoint.source} cannot be read: {first_line}") from error
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -40,19 +41,35 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a user's prompt, in the chat template if the tokenizer has one."""
+    """Token ids of a user's prompt, in the chat template if the tokenizer has one.
+
+    Raises:
+      OperationError: the template fails.
+    """
     if tokenizer.chat_template is None:
         ids: list[int] = tokenizer.encode(prompt)
         return ids
     message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program
+        raise OperationError(f"the chat template of the tokenizer fails: {error}") from error
     return encode_text(tokenizer, text)
 
 
 def end_of_sequence_ids(checkpoint: Checkpoint) -> Sequence[int]:
-    """The token ids that end an answer: from the generation config if there is one, else from the model's."""
+    """The token ids that end an answer: from the generation config if there is one, else from the model's.
+
+    Raises:
+      OperationError: they are no token ids.
+    """
     config: dict[str, Any] = dict(checkpoint.hf_config)
-    if "generation_config.json" in checkpoint.assets:
-        config |= json.loads(checkpoint.assets["generation_config.json"])
+    try:
+        config |= json.loads(checkpoint.assets.get("generation_config.json", b"{}"))
+    except (ValueError, TypeError) as error:
+        raise OperationError(f"generation_config.json of {checkpoint.source} cannot be read: {error}") from error
     ids = config.get("eos_token_id")
-    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int for i in ids):
+        raise OperationError(f"eos_token_id of {checkpoint.source} is {ids}; it must be a token id or a list of them")
+    return ids

@@ -96,6 +96,7 @@ def perplexity(
     Raises:
       RequestError: fewer than two tokens, token ids outside the vocabulary, a window that does not fit, or an
         empty batch.
+      OperationError: the model gives log-likelihoods that are not finite.
     """
     if not 2 <= window <= model.config.max_position_embeddings:
         raise RequestError(
@@ -124,8 +125,11 @@ def perplexity(
             on_tokens(int(lengths[: start + batch_size].sum()))
     predicted = int(np.maximum(lengths - 1, 0).sum())
     loss = -total / predicted
-    value = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
-    return Perplexity(value, predicted, window, tuple(texts))
+    if not loss < math.log(sys.float_info.max):  # NaN is not below it either
+        raise OperationError(
+            f"the mean negative log-likelihood of {', '.join(texts)} is {loss:g}: the model computes nothing sensible"
+        )
+    return Perplexity(math.exp(loss), predicted, window, tuple(texts))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -244,10 +244,16 @@ def _refuse_to_lose(target: Path, overwrite: bool) -> None:
             f"{target} is not replaced: it holds {foreign[0]}{more}, which is no part of a model folder; move it away "
             "or choose another path"
         )
-    if entries and not (target / "config.json").is_file():
+    if entries and not _is_model(target):
         raise RequestError(
-            f"{target} is not replaced: it has no config.json, so it is no model folder; choose another path"
+            f"{target} is not replaced: it has no config.json with weights beside it, so it is no model folder; choose "
+            "another path"
         )
+
+
+def _is_model(folder: Path) -> bool:
+    weights = any(folder.glob("*.safetensors")) or any((folder / name).is_dir() for name in MODEL_FOLDERS)
+    return weights and (folder / "config.json").is_file()
 
 
 def _belongs_to_a_model(entry: Path) -> bool:

@@ -43,7 +43,7 @@ def rounded(x: Array) -> Array:
     """Returns finite `x` unchanged, as a float32 value that cannot become part of a fused multiply-add.
 
     Compilers contract `a * b + c` into one operation that skips the rounding of the product, depending on the
-    code around it; a clamp between the two stops that on every backend.
+    code around it; a clamp between the two stops that (tested on the CPU).
     """
     limit = np.finfo(np.float32).max
     return jnp.clip(x, -limit, limit)
@@ -140,14 +140,15 @@ def score(
 ) -> Scores:
     """Scores every MLP neuron of a model.
 
-    The fingerprint is the SHA-256 of the peak-to-peak magnitudes of every gate row, up row and down column: it is
-    the same for the same weight values in any dtype, layout or sharding, and one pass yields it with the scores.
+    The fingerprint is the SHA-256 of the peak-to-peak magnitudes of every gate row, up row and down column. It is the
+    same for the same weight values in any dtype, layout or sharding; it sees any training or quantisation, and equal
+    ones mean equal `ppm` scores, but a weight that is no extreme of its row can change without it.
 
     Args:
       model: the model; storage padding (`width_multiple`) is not scored.
       criterion: a name in `CRITERIA`, or a function `(gate [F, D], up [F, D]) -> [F]`.
       weights: the MLP matrices of each layer, if they are not to be taken from `model` (which may then be abstract):
-        each is asked for when the one before it has been scored.
+        a layer's are asked for when those before have been scored.
       on_layer: called with the index of each layer once it is scored, for progress.
 
     Raises:
@@ -193,8 +194,13 @@ def random_values(config: ModelConfig, seed: int = 0) -> tuple[NDArray[np.float3
     )
 
 
-def fingerprint(model: Llama, *, weights: Iterable[MLPWeights] | None = None) -> str:
-    """Identifies the MLP weights of a model; for this and for `weights` see `score`.
+def fingerprint(
+    model: Llama,
+    *,
+    weights: Iterable[MLPWeights] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> str:
+    """Identifies the MLP weights of a model by their extremes; for this and the arguments see `score`.
 
     Raises:
       OperationError: NaN or Inf weights, naming the layer and the matrix.
@@ -203,6 +209,8 @@ def fingerprint(model: Llama, *, weights: Iterable[MLPWeights] | None = None) ->
     matrices = mlp_weights(model) if weights is None else weights
     for i, (mlp, width) in enumerate(zip(matrices, model.config.intermediate_sizes, strict=True)):
         _digest_layer(digest, i, mlp, width)
+        if on_layer:
+            on_layer(i)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -135,13 +135,11 @@ def _prune(args: argparse.Namespace, command: str) -> None:
         plan = _make_plan(args, checkpoint)
     else:
         plan.check_fits(dense)
-        plan.check_fits(dense, fingerprint(model, weights=checkpoint.mlp_weights()))
+        with terminal.count_progress("checking the plan", dense.num_hidden_layers, "layers") as progress:
+            weights = checkpoint.mlp_weights()
+            plan.check_fits(dense, fingerprint(model, weights=weights, on_layer=lambda i: progress(i + 1)))
     report = {"model": args.model, **changes(model, plan)}
     clock.lap("score")
-    if args.plan_out and not args.dry_run:
-        plan.save(args.plan_out, overwrite=args.overwrite)
-        report["plan_out"] = str(args.plan_out)
-
     if args.output and not args.dry_run:
         measure = _Measurements(args, checkpoint) if args.evaluate or args.sample else None
         if measure:
@@ -169,6 +167,9 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             )
         clock.lap("save")
         report |= {"output": str(args.output), "formats": formats}
+    if args.plan_out and not args.dry_run:
+        plan.save(args.plan_out, overwrite=args.overwrite)
+        report["plan_out"] = str(args.plan_out)
     report["seconds"] = clock.seconds
     if args.json:
         print(json.dumps(report, indent=1))
@@ -202,6 +203,8 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         raise RequestError("--random-baseline compares perplexities; give --evaluate too")
     if (args.evaluate or args.sample) and not args.output:
         raise RequestError("--evaluate and --sample compare the model with the pruned one; give --output too")
+    if args.dry_run and (args.evaluate or args.sample):
+        raise RequestError("--dry-run measures nothing; leave out --evaluate and --sample")
     for flag in ("evaluate_tokens", "window", "sample_tokens"):
         if getattr(args, flag) < 1:
             raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")

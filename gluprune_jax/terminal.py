@@ -43,17 +43,26 @@ def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        stderr().print(f"{name}: interrupted; nothing was written", markup=False)
+        stderr().print(f"{name}: interrupted", markup=False)
         return 130
-    except (GlupruneError, MemoryError) as error:
+    except Exception as error:
         if debug:
             raise
-        reason = str(error) if isinstance(error, GlupruneError) else "out of memory"
-        # Names from foreign files may hold line ends and escape sequences.
-        reason = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
-        stderr().print(f"{name}: error: {reason}", markup=False)
+        stderr().print(f"{name}: error: {_reason(error)}", markup=False)
         return error.exit_status if isinstance(error, GlupruneError) else 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, GlupruneError):
+        reason = str(error)
+    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the second is XLA's
+        reason = "out of memory"
+    else:
+        first_line = next(iter(str(error).splitlines()), "")
+        reason = f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)"
+    # Names from foreign files may hold line ends and escape sequences.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -141,6 +141,15 @@ def test_a_folder_without_config_is_never_overwritten(tmp_path: Path) -> None:
     assert (target / "results.json").exists()
 
 
+def test_a_folder_without_weights_is_never_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "website"
+    target.mkdir()
+    for name in ("config.json", "package.json", "README.md"):
+        (target / name).write_text("precious")
+    both_refuse(target, True, r"no config\.json with weights beside it")
+    assert sorted(os.listdir(target)) == ["README.md", "config.json", "package.json"]
+
+
 def test_an_empty_folder_may_be_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     both_refuse(tmp_path / "model", False, "exists")

@@ -326,6 +326,7 @@ WIDTH = ("--width", "50")
         (nothing, (*WIDTH, "--criterion", "magic"), 2, ("magic", "ppm")),
         (nothing, (*WIDTH, "--random-baseline"), 2, ("--evaluate",)),
         (nothing, (*WIDTH, "--sample", "Hello"), 2, ("no tokenizer files",)),
+        (nothing, (*WIDTH, "--dry-run", "--sample", "Hello"), 2, ("--dry-run measures nothing",)),
         (nothing, (*WIDTH, "--evaluate", "no-such-text"), 1, ("no-such-text",)),
         (nothing, ("--plan", "no-such-plan"), 1, ("no-such-plan",)),
         (nothing, (), 2, ("--expansion-ratio",)),
@@ -391,6 +392,40 @@ def test_what_exists_is_kept_unless_told(model: Path, tmp_path: Path, capsys: py
     assert convert.load(out).config.intermediate_sizes == (20,) * 3
     status, _, err = run(capsys, "--model", model, "--width", "20", "--output", model, "--overwrite")
     assert (status, "the model itself" in err) == (2, True)
+
+
+def test_a_plan_is_not_saved_when_the_output_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = hf_tensors(CONFIG)
+    tensors["model.norm.weight"][0] = np.nan
+    model = write_folder(tmp_path / "model", CONFIG, tensors)
+    argv = ("--model", model, *WIDTH, "--plan-out", tmp_path / "plan.json", "--output", tmp_path / "out")
+    status, _, err = run(capsys, *argv)
+    assert (status, "model.norm.weight has NaN or Inf" in err) == (1, True)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr("gluprune_jax.prune.changes", fail)
+    status, out, err = run(capsys, "--model", model, *WIDTH, "--dry-run", "--json")
+    assert (status, out) == (1, "")
+    assert "unexpected ZeroDivisionError: first line (--debug shows where" in err.splitlines()[-1]
+
+
+def test_only_a_hub_id_becomes_a_base_model(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent.parent)
+    local = f"{model.parent.name}/{model.name}"
+    report(capsys, "--model", local, *WIDTH, "--output", model.parent / "out")
+    assert "base_model" not in (model.parent / "out" / "README.md").read_text()
+    monkeypatch.setattr("convert.store.hub_snapshot", lambda repo_id, revision: model)
+    report(capsys, "--model", "someone/something", *WIDTH, "--output", model.parent / "hub")
+    assert "base_model: someone/something" in (model.parent / "hub" / "README.md").read_text()
 
 
 def test_debug_shows_the_traceback(model: Path) -> None:

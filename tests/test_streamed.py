@@ -111,6 +111,16 @@ def test_damage_is_found_when_it_is_read_and_nothing_is_written(tmp_path: Path) 
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_file_that_changes_between_scoring_and_writing(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "model", CONFIG)
+    checkpoint = convert.load(path, stream=True)
+    plan = make_plan(score(checkpoint.model, weights=checkpoint.mlp_weights()), width=50)
+    write_folder(path, CONFIG, hf_tensors(CONFIG, seed=1))
+    with pytest.raises(OperationError, match=r"model\.safetensors has changed since it was opened"):
+        convert.save(checkpoint.pruned(plan), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_for_another_shape(model: Path) -> None:
     checkpoint = convert.load(model, stream=True)
     plan = make_plan(score(checkpoint.model, weights=checkpoint.mlp_weights()), width=50)
