@@ -106,7 +106,7 @@ def main() -> int:
         for name, result in results.items():
             sizes = (f"{result[key] / 1e9:.3f}" for key in ("argument_bytes", "temporary_bytes", "hbm_bytes"))
             table.add_row(name, f"{result['compile_seconds']:.1f}", *sizes, f"{result['hbm_bytes'] / HBM_BYTES:.1%}")
-        Console().print(table)
+        Console(width=110).print(table)
     too_large = [name for name, result in results.items() if result["hbm_bytes"] > HBM_BYTES]
     if too_large:
         print(f"does not fit into {HBM_BYTES / 1e9:.1f} GB: {', '.join(too_large)}", file=sys.stderr)

@@ -78,6 +78,7 @@ def load(
     if path.is_dir():
         if is_orbax(path):
             # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
+            path = path.resolve()
             return _read_orbax(path, path.parent if path.name == "orbax" else path, str(name), target)
         if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
             return _read_orbax(path / "orbax", path, str(name), target)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from gluprune_jax.checkpoint import is_orbax
 from gluprune_jax.errors import OperationError, RequestError
 
 # All that a model folder written by us, or one downloaded from the Hub, may hold. `--overwrite` deletes a folder
@@ -258,7 +259,7 @@ def _is_model(folder: Path) -> bool:
 
 def _belongs_to_a_model(entry: Path) -> bool:
     if entry.is_dir():
-        return entry.name in MODEL_FOLDERS
+        return entry.name in MODEL_FOLDERS and is_orbax(entry)
     return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in MODEL_FILES)
 
 

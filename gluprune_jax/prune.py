@@ -21,7 +21,7 @@ from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, l
 from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
 from gluprune_jax import terminal
 from gluprune_jax.atomic import check_file, check_target
-from gluprune_jax.errors import RequestError
+from gluprune_jax.errors import GlupruneError, RequestError
 from gluprune_jax.generation import generate
 from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
 from gluprune_jax.model import Llama
@@ -216,8 +216,23 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         check_target(args.output, args.overwrite)
         refuse_own_folder(args.model, args.output)
     if args.plan_out:
-        check_file(args.plan_out, args.overwrite)
+        _check_plan_out(args)
     return formats
+
+
+def _check_plan_out(args: argparse.Namespace) -> None:
+    plan_out = check_file(args.plan_out, args.overwrite)
+    if plan_out.is_file():  # --overwrite replaces a plan by a plan, never a model or a text
+        try:
+            PruningPlan.load(plan_out)
+        except GlupruneError as error:
+            raise RequestError(f"--plan-out {plan_out} is no plan and is not replaced; choose another path") from error
+    if args.output:
+        output = args.output.resolve()
+        if plan_out.is_relative_to(output) or output.is_relative_to(plan_out):
+            raise RequestError(
+                f"--plan-out {plan_out} and --output {output} collide; the output has the plan as {PLAN_FILE} anyway"
+            )
 
 
 def _make_plan(args: argparse.Namespace, checkpoint: convert.Checkpoint) -> PruningPlan:

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import PruningPlan
@@ -51,7 +52,7 @@ def changes(model: Llama, plan: PruningPlan) -> dict[str, Any]:
 def show(report: Mapping[str, Any], console: Console) -> None:
     """Prints a report of `gluprune_jax.prune` as tables."""
     before, after, plan = report["before"], report["after"], report["plan"]
-    table = Table(title=f"{report['model']}: {plan['criterion']}", title_justify="left")
+    table = Table(title=Text(f"{report['model']}: {plan['criterion']}"), title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     rows = [

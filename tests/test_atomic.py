@@ -60,6 +60,7 @@ def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "model"
     write_model(target, "old")
     (target / "orbax").mkdir()
+    (target / "orbax" / "_CHECKPOINT_METADATA").touch()
     (target / "chat_template.jinja").write_text("only in the old one")
     with staged_directory(target, overwrite=True) as stage:
         write_model(stage, "new")
@@ -148,6 +149,15 @@ def test_a_folder_without_weights_is_never_overwritten(tmp_path: Path) -> None:
         (target / name).write_text("precious")
     both_refuse(target, True, r"no config\.json with weights beside it")
     assert sorted(os.listdir(target)) == ["README.md", "config.json", "package.json"]
+
+
+def test_a_folder_called_orbax_is_looked_into(tmp_path: Path) -> None:
+    target = tmp_path / "project"
+    (target / "orbax").mkdir(parents=True)
+    (target / "config.json").write_text("precious")
+    (target / "orbax" / "thesis.tex").write_text("precious")
+    both_refuse(target, True, "orbax/, which is no part of a model folder")
+    assert (target / "orbax" / "thesis.tex").exists()
 
 
 def test_an_empty_folder_may_be_overwritten(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], Any], int, str]] = {
     "itself": (["model", "model", "--overwrite"], no_change, 2, "the output model is or holds the model itself"),
     "its folder": (
         ["model/orbax", "model", "--overwrite"],
-        lambda m: (m / "orbax").mkdir(),
+        lambda m: ((m / "orbax").mkdir(), (m / "orbax" / "_CHECKPOINT_METADATA").touch()),
         2,
         "the output model is or",
     ),

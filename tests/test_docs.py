@@ -41,6 +41,10 @@ def test_every_command_of_the_readme_is_understood() -> None:
         convert_parser().parse_args(shlex.split(example))
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+
+
 def test_the_options_of_the_readme_exist() -> None:
     known = set(re.findall(r"--[a-z-]+", prune_parser().format_help()))
     assert set(re.findall(r"(?<=`)--[a-z-]+", README)) <= known

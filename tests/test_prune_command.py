@@ -394,6 +394,25 @@ def test_what_exists_is_kept_unless_told(model: Path, tmp_path: Path, capsys: py
     assert (status, "the model itself" in err) == (2, True)
 
 
+def test_plan_out_destroys_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(tmp_path)
+    weights = model / "model.safetensors"
+    status, _, err = run(capsys, "--model", model, *WIDTH, "--plan-out", weights, "--overwrite")
+    assert (status, "is no plan and is not replaced" in err) == (2, True)
+    for plan, output in (("out", "out"), ("out/plan.json", "out"), ("plan", "plan/out")):
+        argv = ("--model", model, *WIDTH, "--plan-out", tmp_path / plan, "--output", tmp_path / output)
+        status, _, err = run(capsys, *argv)
+        assert (status, "collide" in err) == (2, True)
+    assert contents(tmp_path) == before
+
+
+def test_a_model_name_is_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_folder(tmp_path / "m[bold][/x]", CONFIG)
+    status, out, err = run(capsys, "--model", model, *WIDTH, "--dry-run")
+    assert status == 0, err
+    assert "m[bold][/x]" in "".join(out.split())
+
+
 def test_a_plan_is_not_saved_when_the_output_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = hf_tensors(CONFIG)
     tensors["model.norm.weight"][0] = np.nan
