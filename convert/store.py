@@ -99,7 +99,7 @@ def parse_formats(text: str) -> list[str]:
     Raises:
       RequestError: it names something else than "hf" and "orbax".
     """
-    formats = text.split(",")
+    formats = list(dict.fromkeys(part.strip() for part in text.split(",")))
     if set(formats) - set(FORMATS):
         raise RequestError(f"--format is {text!r}; choose from {', '.join(FORMATS)}, comma-separated")
     return formats

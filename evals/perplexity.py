@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.errors import OperationError, RequestError, unreadable
 from gluprune_jax.model import Llama
 
 # Names the English text that every Python carries: the language reference, as `help()` shows it.
@@ -61,7 +61,8 @@ def read_text(name: str) -> str:
     """Reads a UTF-8 text file, or the built-in text `python-reference` (it differs between Python versions).
 
     Raises:
-      OperationError: the file cannot be read.
+      RequestError: there is no such file, or it is not UTF-8.
+      OperationError: it cannot be read.
     """
     if name == PYTHON_REFERENCE:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -69,7 +70,7 @@ def read_text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OperationError(f"cannot read the text {name}: {error}") from error
+        raise unreadable(f"the text {name}", error) from error
 
 
 def perplexity(

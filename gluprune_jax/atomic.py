@@ -161,7 +161,12 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 def _commit(stage: Path, target: Path, overwrite: bool) -> None:
     _refuse_to_lose(target, overwrite)  # again: hours may have passed
     if not os.path.lexists(target):
-        stage.rename(target)
+        try:
+            stage.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first
+                raise _exists(target) from error
+            raise
         return
     aside = stage.with_suffix(".old")
     target.rename(aside)

@@ -18,3 +18,15 @@ class RequestError(GlupruneError):
 
 class OperationError(GlupruneError):
     """Something underneath failed: a damaged file, the network, the disk. Exit status 1."""
+
+
+def unreadable(what: str, error: OSError | UnicodeDecodeError) -> GlupruneError:
+    """The error for a file that the user named: a wrong name or kind of file is the request's fault."""
+    if isinstance(error, UnicodeDecodeError):
+        return RequestError(f"{what} is not UTF-8 text; choose another file")
+    kind = (
+        RequestError
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        else OperationError
+    )
+    return kind(f"cannot read {what}: {error.strerror}")

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gluprune_jax.atomic import write_file_atomic
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.errors import OperationError, RequestError, unreadable
 from gluprune_jax.importance import Scores, select_neurons
 from gluprune_jax.model import ModelConfig
 
@@ -220,12 +220,12 @@ class PruningPlan:
 
         Raises:
           OperationError: it cannot be read, is not a plan, or is damaged.
-          RequestError: a plan of a later version.
+          RequestError: there is no such file, or it is a plan of a later version.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise OperationError(f"cannot read the plan {path}: {error}") from error
+            raise unreadable(f"the plan {path}", error) from error
         return cls.from_json(text, str(path))
 
 
@@ -302,11 +302,11 @@ def _check_target(target: int, size: int, hidden_size: int, layer: int, multiple
             f"a width of {target} in multiples of {multiple_of} leaves layer {layer} no neuron; "
             f"ask for at least {multiple_of} or a smaller --multiple-of"
         )
-    if target // multiple_of * multiple_of >= size:
-        verb = "grow" if target > size else "not shrink"
+    if (width := target // multiple_of * multiple_of) >= size:
+        verb = "grow" if width > size else "not shrink"
         raise RequestError(
-            f"a width of {target} would {verb} layer {layer}, which has {size} neurons (expansion ratio "
-            f"{size / hidden_size:.4g}); ask for less"
+            f"a width of {width} would {verb} layer {layer}, which has {size} neurons (expansion ratio "
+            f"{size / hidden_size:.4g}); ask for fewer neurons"
         )
 
 

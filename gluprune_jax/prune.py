@@ -25,7 +25,7 @@ from gluprune_jax.errors import GlupruneError, RequestError
 from gluprune_jax.generation import generate
 from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
 from gluprune_jax.model import Llama
-from gluprune_jax.plan import PruningPlan, make_plan, parse_layers
+from gluprune_jax.plan import PruningPlan, make_plan, parse_layers, width_for_expansion_ratio, width_for_percent
 from gluprune_jax.report import changes, show
 
 PLAN_FILE = "gluprune_plan.json"
@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prune(args: argparse.Namespace, command: str) -> None:
     formats = _check_request(args)
+    measuring = bool(args.evaluate) or args.sample is not None
+    texts = [read_text(name) for name in args.evaluate or ()]
     plan = None if args.plan is None else PruningPlan.load(args.plan)
     clock = _Clock()
     with terminal.byte_progress() as progress:
@@ -122,7 +124,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             args.model,
             dtype=args.dtype,
             revision=args.revision,
-            stream=not (args.evaluate or args.sample),  # to measure, all of the model must be in memory
+            stream=not measuring,  # to measure, all of the model must be in memory
             progress=progress,
         )
     model, dense = checkpoint.model, checkpoint.config
@@ -141,7 +143,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     report = {"model": args.model, **changes(model, plan)}
     clock.lap("score")
     if args.output and not args.dry_run:
-        measure = _Measurements(args, checkpoint) if args.evaluate or args.sample else None
+        measure = _Measurements(args, checkpoint, texts) if measuring else None
         if measure:
             # The dense model runs under a mask only where the random baseline is to share its compiled program.
             everything = dataclasses.replace(plan, kept=tuple(map(np.arange, dense.intermediate_sizes)))
@@ -174,7 +176,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     if args.json:
         print(json.dumps(report, indent=1))
     else:
-        show(report, Console(highlight=False))
+        show(report, Console(highlight=False, soft_wrap=True, emoji=False))
 
 
 class _Clock:
@@ -197,19 +199,22 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         raise RequestError("nothing to do: give --output DIR, --plan-out FILE or --dry-run")
     if args.plan and args.plan_out:
         raise RequestError("--plan-out would copy --plan; give one of them")
-    if args.plan and (args.layers or args.multiple_of != 1 or args.criterion != "ppm"):
+    if args.plan and (args.layers is not None or args.multiple_of != 1 or args.criterion != "ppm"):
         raise RequestError("--plan decides what is kept; --criterion, --layers and --multiple-of go with making one")
     if args.random_baseline and not args.evaluate:
         raise RequestError("--random-baseline compares perplexities; give --evaluate too")
-    if (args.evaluate or args.sample) and not args.output:
+    measuring = args.evaluate or args.sample is not None
+    if measuring and not args.output:
         raise RequestError("--evaluate and --sample compare the model with the pruned one; give --output too")
-    if args.dry_run and (args.evaluate or args.sample):
+    if args.dry_run and measuring:
         raise RequestError("--dry-run measures nothing; leave out --evaluate and --sample")
-    for flag in ("evaluate_tokens", "window", "sample_tokens"):
-        if getattr(args, flag) < 1:
-            raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
-    for name in args.evaluate or ():
-        read_text(name)
+    for flag, least in (("evaluate_tokens", 2), ("window", 2), ("sample_tokens", 1), ("multiple_of", 1)):
+        if getattr(args, flag) < least:
+            raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    if args.expansion_ratio is not None:
+        width_for_expansion_ratio(args.expansion_ratio, 1)
+    if args.prune_percent is not None:
+        width_for_percent(args.prune_percent, 1)
     if args.dry_run:
         return formats
     if args.output:
@@ -252,20 +257,20 @@ def _make_plan(args: argparse.Namespace, checkpoint: convert.Checkpoint) -> Prun
 class _Measurements:
     """Perplexities and sample answers of one model at its stages."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: convert.Checkpoint):
+    def __init__(self, args: argparse.Namespace, checkpoint: convert.Checkpoint, texts: Sequence[str]):
         self._args = args
         self._tokenizer = load_tokenizer(checkpoint)
         self._eos = end_of_sequence_ids(checkpoint)
         self._perplexity: dict[str, Perplexity] = {}
         self._answers: dict[str, str] = {}
         self._tokens: list[int] = []
-        for name in args.evaluate or ():
-            self._tokens += encode_text(self._tokenizer, read_text(name))
+        for text in texts:
+            self._tokens += encode_text(self._tokenizer, text)
         self._tokens = self._tokens[: args.evaluate_tokens]
 
     def take(self, stage: str, model: Llama, masks: Masks = None) -> None:
         self._take_perplexity(stage, model, masks)
-        if self._args.sample:
+        if self._args.sample is not None:
             prompt, steps = encode_prompt(self._tokenizer, self._args.sample), self._args.sample_tokens
             with terminal.count_progress(f"sample answer ({stage})", steps, "tokens") as progress:
                 (answer,) = generate(model, [prompt], max_new_tokens=steps, eos_ids=self._eos, on_tokens=progress)

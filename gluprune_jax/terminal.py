@@ -31,7 +31,7 @@ EXIT_STATUS = "exit status: 0 done; 2 the request cannot be carried out as asked
 
 def stderr() -> Console:
     """The console for progress, notes and errors."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def run(name: str, command: Callable[[], None], *, debug: bool) -> int:

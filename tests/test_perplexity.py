@@ -13,7 +13,7 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 import convert
 from convert.tokenizer import encode_text, load_tokenizer
 from evals.perplexity import PYTHON_REFERENCE, perplexity, read_text, window_log_likelihoods
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import score
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import make_plan
@@ -168,9 +168,9 @@ def test_texts_are_read_as_utf_8(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes("Müller\n".encode())
     assert read_text(str(tmp_path / "text")) == "Müller\n"
     (tmp_path / "latin").write_bytes("Müller".encode("latin-1"))
-    with pytest.raises(OperationError, match=r"cannot read the text .*latin: .*utf-8"):
+    with pytest.raises(RequestError, match=r"the text .*latin is not UTF-8 text"):
         read_text(str(tmp_path / "latin"))
-    with pytest.raises(OperationError, match=r"cannot read the text .*missing: .*No such file"):
+    with pytest.raises(RequestError, match=r"cannot read the text .*missing: No such file"):
         read_text(str(tmp_path / "missing"))
 
 
