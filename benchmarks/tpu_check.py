@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.perplexity import window_log_likelihoods
-from gluprune_jax.generation import DecodeState, decode, prefill
+from gluprune_jax.generation import PromptChunk, Sampling, decode, empty_state, prefill
 from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
-from gluprune_jax.model import KVCache, abstract_model
+from gluprune_jax.model import abstract_model
 from gluprune_jax.slicing import slice_neurons
 
 HBM_BYTES = 16 * 2**30  # of a v5e chip
@@ -50,8 +50,10 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    cache = jax.eval_shape(lambda: KVCache.empty(CONFIG, 8, 1024, jnp.bfloat16))
-    state = DecodeState(cache, integers(8), integers(8), integers(8))
+    state = jax.eval_shape(lambda: empty_state(CONFIG, 8, 1024, jnp.bfloat16))
+    chunk = PromptChunk(integers(), integers(), integers(512), integers(), integers(), integers())
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    sampling = Sampling(integers(8), number, number, jax.ShapeDtypeStruct((), jnp.uint32))
     return {
         **{f"score, {name}": (score_layer, (function, F, gate, gate)) for name, function in CRITERIA.items()},
         "fingerprint": (mlp_extents, (F, gate, gate, down)),
@@ -65,11 +67,8 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             window_log_likelihoods,
             (graphdef, params, integers(1, LONG), integers(1), masks),
         ),
-        "prefill, 8 x 512": (
-            prefill,
-            (graphdef, 1024, params, integers(8, 512), integers(8), integers(), integers(8), masks),
-        ),
-        "decode, 8 sequences": (decode, (graphdef, params, state, integers(8), masks)),
+        "prefill, 512 of 1 of 8 prompts": (prefill, (graphdef, params, state, chunk, sampling, masks)),
+        "decode, 8 sequences": (decode, (graphdef, params, state, sampling, masks)),
     }
 
 

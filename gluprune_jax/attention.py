@@ -1,49 +1,135 @@
-"""Causal grouped-query attention whose memory does not grow with the square of the length.
+"""Causal grouped-query attention of new tokens to themselves and to a cache, in blocks.
 
-Array letters: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H head dim.
+Array letters: B batch, T new tokens, S cache slots, K key/value heads, G query heads per key/value head, H head dim.
+
+The softmax is accumulated over blocks of keys (FlashAttention, arXiv 2205.14135): for each query the largest score,
+the sum of `exp(score - largest)` and the values weighted by it, all float32. Blocks of the cache behind the last
+filled slot are not visited, so one compiled program costs what the cache holds and not what it could hold.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Above this many queries the [B, K, G, T, S] scores are never formed whole.
+# Above this many queries the [B, K, T, G, T] scores are never formed whole.
 MAX_UNBLOCKED_QUERIES = 2048
 QUERY_BLOCK = 256
+# Slots of the cache whose scores exist at the same time; S is a multiple of it.
+KEY_BLOCK = 256
+
+_Softmax = tuple[Array, Array, Array]  # largest score [B, K, T, G], sum [B, K, T, G], weighted values [B, K, T, G, H]
 
 
-def causal_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:
-    """Attends from each query to the keys at its own position and before.
+def causal_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    subtree_ends: Array | None = None,
+    caches: Sequence[tuple[Array, Array, Array]] = (),
+) -> Array:
+    """Attends from each new token to itself, to those before it, and to all that is in the caches.
 
-    Softmax is computed in float32. Up to 2,048 queries the scores are one array; above, queries are taken in
-    blocks of 256, so that the largest array is `[B, K, G, 256, S]`.
+    A row may hold a forest of token sequences in depth-first order, so that sequences with a common beginning share
+    its tokens. `subtree_ends` then says for each token where its descendants end: token j is an ancestor of token i,
+    and visible to it, where `j <= i < subtree_ends[j]`.
+
+        tokens        a b c d e f     a b c, a b d and e f in one row
+        subtree_ends  4 4 3 4 6 6     d (at 3) sees a, b and itself, but not c
 
     Args:
       q: `[B, T, K, G, H]` queries, already rotated.
-      k: `[B, S, K, H]` keys; the slot index along S is the position of the key.
-      v: `[B, S, K, H]` values.
-      positions: `[B, T]` int32, the position of each query. Slots after it are masked out, so a cache that is
-        longer than what has been written needs no other mask.
+      k: `[B, T, K, H]` keys of the new tokens.
+      v: `[B, T, K, H]` values of the new tokens.
+      subtree_ends: `[B, T]` int32; None for one sequence a row.
+      caches: each keys and values `[B, K, S, H]` and how many slots of each row are filled, `[B]` int32. With 1 in
+        place of B all rows share it. S is a multiple of `KEY_BLOCK`, or less.
 
     Returns:
       `[B, T, K, G, H]` in the dtype of `q`.
     """
-    B, T = positions.shape
+    q, k, v = q.transpose(0, 2, 1, 3, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)  # heads lead
+    softmax = _over_new_tokens(q, k, v, subtree_ends)
+    for cache in caches:
+        softmax = _over_cache(q, softmax, *cache)
+    _, total, out = softmax
+    return (out / total[..., None]).astype(q.dtype).transpose(0, 2, 1, 3, 4)
+
+
+def _over_new_tokens(q: Array, k: Array, v: Array, subtree_ends: Array | None) -> _Softmax:
+    T = q.shape[2]
+
+    def block(q: Array, start: Array | int, keys: int) -> _Softmax:
+        """Queries from `start` on, over the first `keys` keys."""
+        queries, slots = start + jnp.arange(q.shape[2])[:, None], jnp.arange(keys)
+        visible = (slots <= queries)[None]
+        if subtree_ends is not None:
+            visible &= queries < subtree_ends[:, None, :keys]
+        nothing = jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
+        empty = nothing, jnp.zeros_like(nothing), jnp.zeros(q.shape, jnp.float32)
+        return _accumulate(empty, q, k[:, :, :keys], v[:, :, :keys], visible)
+
     if T <= MAX_UNBLOCKED_QUERIES:
-        return _attend(q, k, v, positions)
+        # The later half of the keys is invisible to the earlier half of the queries: four blocks save 3/8 of the work.
+        size = -(-T // 4) if T >= QUERY_BLOCK else T
+        parts = [block(q[:, :, i : i + size], i, min(i + size, T)) for i in range(0, T, size)]
+        largest, total, out = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+        return largest, total, out
 
     blocks = -(-T // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - T
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0)))
-    positions = jnp.pad(positions, ((0, 0), (0, padding)))
-    q_blocks = q.reshape(B, blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
-    position_blocks = positions.reshape(B, blocks, QUERY_BLOCK).swapaxes(0, 1)
-    out: Array = jax.lax.map(lambda block: _attend(block[0], k, v, block[1]), (q_blocks, position_blocks))
-    return out.swapaxes(0, 1).reshape(q.shape)[:, :T]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * QUERY_BLOCK - T), (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(*q.shape[:2], blocks, QUERY_BLOCK, *q.shape[3:]), 2, 0)
+    parts = jax.lax.map(lambda part: block(part[0], part[1], T), (q, QUERY_BLOCK * jnp.arange(blocks)))
+
+    def whole(part: Array) -> Array:
+        part = jnp.moveaxis(part, 0, 2)
+        return part.reshape(*part.shape[:2], -1, *part.shape[4:])[:, :, :T]
+
+    largest, total, out = map(whole, parts)
+    return largest, total, out
 
 
-def _attend(q: Array, k: Array, v: Array, positions: Array) -> Array:
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    visible = jnp.arange(k.shape[1]) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
-    probabilities = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(v.dtype), v)
+def _over_cache(q: Array, softmax: _Softmax, k: Array, v: Array, filled: Array) -> _Softmax:
+    B, K, T = q.shape[:3]
+    shared = k.shape[0] == 1 < B
+    if shared:  # one long row of queries, so that the keys are read once
+        q, *parts = (jnp.moveaxis(part, 0, 1).reshape(1, K, B * T, *part.shape[3:]) for part in (q, *softmax))
+        softmax = parts[0], parts[1], parts[2]
+
+    size = min(KEY_BLOCK, k.shape[2])
+
+    def step(i: Array | int, softmax: _Softmax) -> _Softmax:
+        k_block, v_block = (jax.lax.dynamic_slice_in_dim(part, i * size, size, axis=2) for part in (k, v))
+        visible = i * size + jnp.arange(size) < filled[:, None, None]
+        return _accumulate(softmax, q, k_block, v_block, visible)
+
+    if size == k.shape[2]:
+        result = step(0, softmax)
+    else:
+        result = jax.lax.fori_loop(0, (jnp.max(filled) + size - 1) // size, step, softmax)
+    if shared:
+        largest, total, out = (jnp.moveaxis(part.reshape(K, B, T, *part.shape[3:]), 1, 0) for part in result)
+        return largest, total, out
+    return result
+
+
+def _accumulate(softmax: _Softmax, q: Array, k: Array, v: Array, visible: Array) -> _Softmax:
+    """Adds keys and values `[B, K, S, H]` to the softmax of `q [B, K, T, G, H]`; `visible [B, T, S]`."""
+    B, K, T, G, H = q.shape
+    # T and G as one axis: one large matrix product a head instead of G small ones.
+    scores = jnp.einsum("bkqh,bksh->bkqs", q.reshape(B, K, T * G, H), k, preferred_element_type=jnp.float32)
+    scores = (scores * H**-0.5).reshape(B, K, T, G, -1)
+    scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
+    old_largest, total, out = softmax
+    largest = jnp.maximum(old_largest, jnp.max(scores, axis=-1))  # finite: a token sees itself
+    weights = jnp.exp(scores - largest[..., None])
+    scale = jnp.exp(old_largest - largest)
+    weighted = jnp.einsum(
+        "bkqs,bksh->bkqh",
+        weights.reshape(B, K, T * G, -1).astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    total = total * scale + jnp.sum(weights, axis=-1)
+    return largest, total, out * scale[..., None] + weighted.reshape(out.shape)

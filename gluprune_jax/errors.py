@@ -30,3 +30,8 @@ def unreadable(what: str, error: OSError | UnicodeDecodeError) -> GlupruneError:
         else OperationError
     )
     return kind(f"cannot read {what}: {error.strerror}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the host or the device has no memory left."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # the second is XLA's

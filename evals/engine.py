@@ -1,0 +1,504 @@
+"""Log-likelihoods and continuations of token sequences: what every benchmark asks of a model, and nothing else.
+
+Token ids in, numbers out. What is not done is what makes it fast: a prefix shared by several requests is run once
+(`evals.prefix_tree`), logits exist only for the tokens that are asked about, some hundred at a time, and lengths,
+masks, end tokens and temperatures are arrays, so that a handful of compiled programs serves a whole suite.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from evals.compile_log import CompileLog, Program
+from evals.prefix_tree import Extend, Row, Span, schedule
+from gluprune_jax.attention import KEY_BLOCK
+from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
+from gluprune_jax.generation import CHUNKS, chunks, generate, slots_for
+from gluprune_jax.model import KVCache, Llama
+
+# Tokens of a row: long rows waste less at their ends, short ones less on attention to what is masked. What is left
+# over at the end runs in the smaller size.
+ROW_LENGTHS = CHUNKS
+# Slots of the cache for shared prefixes; the last step of a prefix may overhang by a row.
+_CACHE_SLOTS = tuple(size + ROW_LENGTHS[-1] for size in (2048, 8192, 32768, 131072))
+# Tokens whose logits are formed by one call: most rows ask about few, a document about all.
+SCORED_TOKENS = (32, 256)
+# Tokens of one call on an accelerator, and sequences that it decodes together: enough to keep it busy.
+_ACCELERATOR_TOKENS, _ACCELERATOR_SLOTS, _CPU_SLOTS = 8192, 64, 16
+# Calls whose results are not waited for yet.
+_IN_FLIGHT = 2
+
+
+class LogLikelihood(NamedTuple):
+    """What a model makes of a continuation.
+
+    Attributes:
+      value: natural logarithm of its probability given the context, summed over its tokens.
+      is_greedy: whether greedy decoding would have said the same.
+    """
+
+    value: float
+    is_greedy: bool
+
+
+@dataclasses.dataclass
+class _Question:
+    """A request on its way: what must follow its sequence's tokens from `first` on, and what is known of it so far."""
+
+    first: int
+    targets: NDArray[np.int32]
+    missing: int
+    value: float = 0.0
+    is_greedy: bool = True
+
+
+class Engine:
+    """Scores and generates with one model.
+
+    Args:
+      model: the model; activations have the dtype of its embedding, log-probabilities are float32.
+      neuron_masks: see `Llama.__call__`. Models of all masks and none share the compiled programs.
+      batch_size: rows of 512 tokens in one call, and sequences decoded together; by default from the free memory. An
+        out-of-memory error halves it. Results do not depend on it beyond rounding.
+      max_length: the window in tokens, if it is to be smaller than the model's.
+      share_prefixes: False runs every request on its own, which takes longer and gives the same.
+      note: called with what the user should know, in a sentence.
+
+    Attributes:
+      model: the model.
+      window: the most tokens the model sees at once.
+      truncated: how many contexts have been cut to fit so far.
+
+    Raises:
+      RequestError: `batch_size` or `max_length` out of range.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        neuron_masks: tuple[ArrayLike, ...] | None = None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        share_prefixes: bool = True,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        window = model.config.max_position_embeddings
+        if max_length is not None and not 2 <= max_length <= window:
+            raise RequestError(f"max_length is {max_length}; it must lie between 2 and the model's window of {window}")
+        if batch_size is not None and batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
+        self.model = model
+        self.window = window if max_length is None else max_length
+        self.truncated = 0
+        widths = model.config.stored_intermediate_sizes
+        masks = [np.ones(width, np.float32) for width in widths] if neuron_masks is None else neuron_masks
+        self._masks = tuple(jax.device_put(np.asarray(mask, np.float32)) for mask in masks)
+        self._batch_size, self._share, self._note = batch_size, share_prefixes, note or (lambda _: None)
+        self._graphdef, self._params = nnx.split(model)
+        self._compiled = CompileLog()
+        self._rows_at_once: int | None = None
+        self._proven: set[tuple[int, int]] = set()  # batches that fit into the memory
+
+    # ------------------------------------------------------------------------------------------- log-likelihoods
+
+    def loglikelihood(
+        self,
+        requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        on_result: Callable[[int, LogLikelihood], None] | None = None,
+    ) -> list[LogLikelihood]:
+        """The log-likelihood of each continuation given its context.
+
+        Args:
+          requests: token ids of context and continuation, neither empty. Together they are cut on the left to
+            `window + 1` tokens (the last is only predicted), which `truncated` counts.
+          on_result: called with the number of a request and its result as soon as it is known.
+
+        Raises:
+          RequestError: an empty context or continuation, a continuation longer than the window, or a token id outside
+            the vocabulary.
+          OperationError: the model gives log-likelihoods that are not finite.
+        """
+        results: list[LogLikelihood | None] = [None] * len(requests)
+        sequences: list[NDArray[np.int32]] = []
+        numbers: dict[bytes, int] = {}
+        askers: list[list[int]] = []  # the requests that are answered by each sequence
+        questions: list[_Question] = []
+        for number, (context, continuation) in enumerate(requests):
+            if not len(context) or not len(continuation):
+                raise RequestError(f"request {number} has an empty context or continuation; both need a token")
+            if len(continuation) > self.window:
+                raise RequestError(
+                    f"a continuation of {len(continuation)} tokens is longer than the window of {self.window}"
+                )
+            tokens = np.array([*context, *continuation], np.int32)
+            if len(tokens) > self.window + 1:
+                self.truncated += 1
+                tokens = tokens[-(self.window + 1) :]
+            sequence = tokens[:-1]
+            key = sequence.tobytes() if self._share else str(number).encode()
+            if key not in numbers:
+                numbers[key] = len(sequences)
+                sequences.append(sequence)
+                askers.append([])
+            askers[numbers[key]].append(number)
+            targets = tokens[len(tokens) - len(continuation) :]
+            questions.append(_Question(len(sequence) - len(targets), targets, len(targets)))
+        for sequence in sequences:
+            self.model.config.check_tokens(sequence)
+        for question in questions:
+            self.model.config.check_tokens(question.targets)
+
+        def learn(number: int, value: float, is_greedy: bool) -> None:
+            if not math.isfinite(value):
+                raise OperationError(
+                    f"the log-likelihood of request {number} is {value:g}: the model computes nothing sensible"
+                )
+            results[number] = result = LogLikelihood(value, is_greedy)
+            if on_result:
+                on_result(number, result)
+
+        asked = [min(questions[number].first for number in group) for group in askers]
+        if sequences:
+            self._run(sequences, asked, _Scorer(self._graphdef, self._params, self._compiled, questions, askers, learn))
+        return [result for result in results if result is not None]
+
+    def loglikelihood_rolling(
+        self,
+        documents: Sequence[Sequence[int]],
+        *,
+        prefix_token: int,
+        on_result: Callable[[int, float], None] | None = None,
+    ) -> list[float]:
+        """The log-likelihood of whole documents: every token is predicted once.
+
+        A document longer than the window is predicted in disjoint pieces of `window` tokens; the first is conditioned
+        on `prefix_token`, the others on as much of what comes before as fits (at least a token).
+
+        Args:
+          documents: token ids; an empty one has the log-likelihood 0.
+          prefix_token: what stands before the first token.
+          on_result: called with the number of a document and its result as soon as it is known.
+
+        Raises:
+          RequestError: a token id outside the vocabulary.
+          OperationError: the model gives log-likelihoods that are not finite.
+        """
+        results = [0.0] * len(documents)
+        windows: list[tuple[Sequence[int], Sequence[int]]] = []
+        owners: list[int] = []
+        unknown: list[set[int]] = []  # windows of each document
+        for number, tokens in enumerate(documents):
+            own = list(rolling_windows(tokens, prefix_token, self.window))
+            unknown.append(set(range(len(windows), len(windows) + len(own))))
+            windows += own
+            owners += [number] * len(own)
+            if not own and on_result:
+                on_result(number, 0.0)
+
+        def learn(window: int, result: LogLikelihood) -> None:
+            number = owners[window]
+            results[number] += result.value
+            unknown[number].remove(window)
+            if not unknown[number] and on_result:
+                on_result(number, results[number])
+
+        self.loglikelihood(windows, on_result=learn)
+        return results
+
+    def _run(self, sequences: Sequence[NDArray[np.int32]], asked: Sequence[int], scorer: "_Scorer") -> None:
+        """Runs sequences, each from its asked token on to be scored."""
+        steps = list(schedule(sequences, asked, ROW_LENGTHS[-1], share=self._share))
+        extents = [step.start + len(step.tokens) for step in steps if isinstance(step, Extend)]
+        needed = max(extents, default=0) + ROW_LENGTHS[-1]
+        slots = next((size for size in _CACHE_SLOTS if size >= needed), -(-needed // KEY_BLOCK) * KEY_BLOCK)
+        cache = KVCache.empty(self.model.config, 1, slots, self._dtype)
+        waiting: list[Row] = []  # rows that stand on the same cache
+        for step in steps:
+            if isinstance(step, Row):
+                if waiting and waiting[0].start != step.start:
+                    self._run_rows(waiting, cache, scorer)
+                    waiting.clear()
+                waiting.append(step)
+                continue
+            self._run_rows(waiting, cache, scorer)
+            waiting.clear()
+            for start, length in chunks(len(step.tokens), *ROW_LENGTHS):
+                tokens = step.tokens[start : start + length]
+                padded = np.zeros((1, length), np.int32)
+                padded[0, : len(tokens)] = tokens
+                cache = cache.holding(step.start + start)
+                with self._compiled.naming(f"1 x {length} tokens on a cache of {slots}"):
+                    hidden, cache = extend(
+                        self._graphdef, self._params, cache, padded, np.full(1, len(tokens), np.int32), self._masks
+                    )
+                scorer.score(hidden, [(0, part) for span in step.spans if (part := _within(span, start, length))])
+        self._run_rows(waiting, cache, scorer)
+        scorer.finish()
+
+    def _run_rows(self, waiting: Sequence[Row], cache: KVCache, scorer: "_Scorer") -> None:
+        """Runs rows that stand on the same cache, those of each length together."""
+        for shorter, length in itertools.pairwise((0, *ROW_LENGTHS)):
+            rows_left = [row for row in waiting if shorter < len(row.tokens) <= length]
+            while rows_left:
+                at_once = self._rows(length)
+                batch = rows_left[:at_once]
+                try:
+                    hidden = self._forward(batch, length, at_once, cache)
+                except Exception as error:
+                    if not is_out_of_memory(error) or at_once == 1:
+                        raise
+                    self._rows_at_once = max(1, self._rows(ROW_LENGTHS[-1]) // 2)
+                    self._note(f"out of memory: continuing with {self._rows_at_once} rows of 512 tokens at a time")
+                    continue
+                scorer.score(hidden, [(i * length, span) for i, row in enumerate(batch) for span in row.spans])
+                del rows_left[: len(batch)]
+
+    def _forward(self, batch: Sequence[Row], length: int, at_once: int, cache: KVCache) -> Array:
+        tokens, positions = (np.zeros((at_once, length), np.int32) for _ in range(2))
+        ends = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), tokens.shape).copy()  # padding sees itself
+        for i, row in enumerate(batch):
+            n = len(row.tokens)
+            tokens[i, :n], positions[i, :n], ends[i, :n] = row.tokens, row.positions, row.subtree_ends
+        cache = cache.holding(batch[0].start)
+        with self._compiled.naming(f"{at_once} x {length} tokens on a cache of {cache.layers[0].k.shape[2]}"):
+            hidden: Array = rows(self._graphdef, self._params, cache, tokens, positions, ends, self._masks)
+        if (at_once, length) not in self._proven:
+            hidden.block_until_ready()  # elsewhere nobody would know which batch was too large
+            self._proven.add((at_once, length))
+        return hidden
+
+    @property
+    def _dtype(self) -> Any:
+        return self.model.embed_tokens[...].dtype
+
+    def _rows(self, length: int) -> int:
+        """Rows of a length in one call."""
+        longest = ROW_LENGTHS[-1]
+        if self._rows_at_once is None:
+            if self._batch_size is not None:
+                self._rows_at_once = self._batch_size
+            elif jax.default_backend() == "cpu":
+                self._rows_at_once = 1
+            else:
+                config = self.model.config
+                widths = 2 * max(config.stored_intermediate_sizes) + 8 * config.hidden_size
+                row = longest * (widths * self._dtype.itemsize + config.num_attention_heads * longest * 4)
+                self._rows_at_once = max(1, min(_ACCELERATOR_TOKENS // longest, free_memory() // 4 // row))
+        return self._rows_at_once if self._rows_at_once == 1 else self._rows_at_once * longest // length
+
+    # ------------------------------------------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        should_stop: Callable[[Sequence[int]], bool] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_result: Callable[[int, list[int]], None] | None = None,
+    ) -> list[list[int]]:
+        """Continues prompts: `gluprune_jax.generation.generate` with as many slots as the memory allows.
+
+        Raises:
+          RequestError: as there; a prompt and its continuation must fit the window.
+        """
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if longest > self.window:
+            raise RequestError(
+                f"a prompt of {longest - max_new_tokens} tokens and {max_new_tokens} new ones do not fit the window of "
+                f"{self.window}"
+            )
+        slots = self._batch_size
+        if slots is None:
+            config, on_cpu = self.model.config, jax.default_backend() == "cpu"
+            token_bytes = 2 * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
+            slot_bytes = slots_for(longest) * config.num_hidden_layers * token_bytes
+            slots = max(1, min(_CPU_SLOTS if on_cpu else _ACCELERATOR_SLOTS, free_memory() // 3 // slot_bytes))
+            slots = 1 << (slots.bit_length() - 1)
+        with self._compiled.naming(f"{slots} slots of {slots_for(longest)}"):
+            return generate(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                eos_ids=eos_ids,
+                should_stop=should_stop,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                neuron_masks=self._masks,
+                slots=slots,
+                on_result=on_result,
+                on_out_of_memory=lambda n: self._note(f"out of memory: continuing with {n} sequences at a time"),
+            )
+
+    def programs(self) -> list[Program]:
+        """The programs that were compiled for this engine so far."""
+        return list(self._compiled.programs)
+
+
+class _Scorer:
+    """Looks up the targets of questions in hidden states, and adds up what they say."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[Llama],
+        params: nnx.State[Any, Any],
+        compiled: CompileLog,
+        questions: Sequence[_Question],
+        askers: Sequence[Sequence[int]],
+        learn: Callable[[int, float, bool], None],
+    ) -> None:
+        self._graphdef, self._params, self._compiled = graphdef, params, compiled
+        self._questions, self._askers, self._learn = questions, askers, learn
+        self._pending: collections.deque[Callable[[], None]] = collections.deque()
+
+    def score(self, hidden: Array, spans: Sequence[tuple[int, Span]]) -> None:
+        """Takes the hidden states `[n, D]` of a step, and its spans with where in `hidden` their row begins."""
+        pieces: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []  # question, indices, targets
+        for offset, span in spans:
+            for number in self._askers[span.sequence]:
+                question = self._questions[number]
+                skip = max(question.first - span.first, 0)
+                indices = span.indices[skip:] + np.int32(offset)
+                if len(indices):
+                    begin = span.first + skip - question.first
+                    pieces.append((number, indices, question.targets[begin : begin + len(indices)]))
+        if not pieces:
+            return
+        where, targets = (np.concatenate(parts) for parts in list(zip(*pieces, strict=True))[1:])
+        outputs = []
+        for start, size in chunks(len(where), *SCORED_TOKENS):
+            padding = (0, max(0, start + size - len(where)))
+            chunk = [np.pad(part[start : start + size], padding) for part in (where, targets)]
+            with self._compiled.naming(f"{size} of {hidden.shape[0]} tokens"):
+                outputs.append(score_tokens(self._graphdef, self._params, hidden, *chunk))
+        self._pending.append(functools.partial(self._hand_out, pieces, outputs))
+        # Looking at a result waits for it; the next steps can be on their way meanwhile.
+        while len(self._pending) > _IN_FLIGHT:
+            self._pending.popleft()()
+
+    def finish(self) -> None:
+        """Waits for what is still on its way."""
+        while self._pending:
+            self._pending.popleft()()
+
+    def _hand_out(self, pieces: Sequence[Any], outputs: Sequence[tuple[Array, Array]]) -> None:
+        values, greedy = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*outputs, strict=True))
+        at = 0
+        for number, indices, _ in pieces:
+            question, part = self._questions[number], slice(at, at + len(indices))
+            at += len(indices)
+            question.value += math.fsum(values[part].tolist())
+            question.is_greedy &= bool(greedy[part].all())
+            question.missing -= len(indices)
+            if not question.missing:
+                self._learn(number, question.value, question.is_greedy)
+
+
+# ------------------------------------------------------------------------------------------------ compiled programs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rows(
+    graphdef: nnx.GraphDef[Llama],
+    params: nnx.State[Any, Any],
+    cache: KVCache,
+    tokens: Array,
+    positions: Array,
+    subtree_ends: Array,
+    neuron_masks: tuple[ArrayLike, ...],
+) -> Array:
+    """Hidden states `[B * T, D]` of rows `tokens [B, T]` that all stand on the one row of `cache`."""
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model(tokens, positions, [cache], subtree_ends, neuron_masks)
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def extend(
+    graphdef: nnx.GraphDef[Llama],
+    params: nnx.State[Any, Any],
+    cache: KVCache,
+    tokens: Array,
+    counts: Array,
+    neuron_masks: tuple[ArrayLike, ...],
+) -> tuple[Array, KVCache]:
+    """Runs `tokens [1, T]`, of which `counts [1]` are real, into `cache` (donated).
+
+    Returns:
+      Hidden states `[T, D]`, and the cache.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden, new = model(tokens, caches=[cache], neuron_masks=neuron_masks)
+    return hidden[0], cache.append(new, counts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_tokens(
+    graphdef: nnx.GraphDef[Llama], params: nnx.State[Any, Any], hidden: Array, indices: Array, targets: Array
+) -> tuple[Array, Array]:
+    """Log-probabilities `[Q]` float32 of `targets [Q]` after `hidden[indices]`, and whether each is the likeliest."""
+    model = nnx.merge(graphdef, params)
+    logits = model.logits(hidden[indices])  # [Q, V]
+    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+
+
+# ---------------------------------------------------------------------------------------------------------- windows
+
+
+def rolling_windows(
+    tokens: Sequence[int], prefix_token: int, window: int
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Cuts a document into contexts and continuations that together predict every token once, as lm-eval cuts it.
+
+    Yields:
+      Contexts and continuations, of `window + 1` tokens together, fewer where the document is shorter.
+    """
+    if len(tokens):
+        yield [prefix_token], tokens[:window]
+    for start in range(window, len(tokens), window):
+        end = min(start + window, len(tokens))
+        yield tokens[end - window - 1 : start], tokens[start:end]
+
+
+def _within(span: Span, start: int, length: int) -> Span | None:
+    """The part of a span whose indices lie in a chunk, counted from the chunk's beginning."""
+    low, high = np.searchsorted(span.indices, [start, start + length])
+    if low == high:
+        return None
+    return Span(span.sequence, span.first + int(low), span.indices[low:high] - np.int32(start))
+
+
+# ----------------------------------------------------------------------------------------------------------- machine
+
+
+def free_memory() -> int:
+    """Bytes that are free on the first device, or in the host's memory where that is the device."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        available = next((line for line in file if line.startswith("MemAvailable:")), None)
+        if available:
+            return int(available.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,341 @@
+"""Runs lm-eval's tasks on a model, benchmark by benchmark, and turns what comes out into results.
+
+The tasks, few-shot rules, answer checkers and aggregation are lm-eval's. One call of lm-eval a benchmark (a group such
+as mmlu is one): the model sees all of a benchmark's requests together, so that it can share their prefixes, a finished
+benchmark is stored before the next begins, and its random state does not depend on what else was run.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import numbers
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from evals.bootstrap import ITERATIONS, standard_errors
+from evals.journal import Journal, request_key
+from evals.results import Result
+from evals.setting import SEEDS, json_digest
+from evals.suites import Benchmark
+from evals.task_data import check_examples, task_datasets
+from gluprune_jax.errors import OperationError, RequestError
+
+_TEMPLATES = 1024  # kept compiled; a task has about five
+_PACKAGES = ("gluprune-jax", "jax", "lm_eval", "datasets", "transformers")
+
+
+class LoadedBenchmark(NamedTuple):
+    """A benchmark with its data, ready to be run once.
+
+    Attributes:
+      benchmark: what it is.
+      tasks: as lm-eval's `TaskManager.load` returns them.
+      random_state: Python's and NumPy's, as loading left them.
+    """
+
+    benchmark: Benchmark
+    tasks: Mapping[str, Any]
+    random_state: tuple[Any, Any]
+
+
+def load_benchmarks(
+    benchmarks: Iterable[Benchmark],
+    task_manager: Any,
+    *,
+    data_dir: Path | None = None,
+    note: Callable[[str], None] | None = None,
+    on_loaded: Callable[[int], None] | None = None,
+) -> list[LoadedBenchmark]:
+    """Loads the data of all benchmarks, so that what is absent is found out before anything is computed.
+
+    Args:
+      benchmarks: which.
+      task_manager: lm-eval's, see `evals.suites.task_manager`.
+      data_dir: folder with local copies of the data sets (see `evals.task_data`); None: the Hugging Face hub.
+      note: called with what the user should know.
+      on_loaded: called with the number of benchmarks loaded so far.
+
+    Raises:
+      RequestError: a task that needs images or runs the model's answers as programs, too few few-shot examples, or
+        wrong local data.
+      OperationError: the data of a task cannot be had, or something that its checker needs.
+    """
+    with _tamed(), task_datasets(data_dir):
+        loaded = []
+        for benchmark in benchmarks:
+            loaded.append(_load(benchmark, task_manager, note))
+            if on_loaded:
+                on_loaded(len(loaded))
+        return loaded
+
+
+def evaluate(
+    lm: Any,
+    loaded: Iterable[LoadedBenchmark],
+    *,
+    limit: int | float | None = None,
+    apply_chat_template: bool = False,
+    journal: Journal | None = None,
+    bootstrap_iterations: int = ITERATIONS,
+    about: Mapping[str, Any] | None = None,
+) -> Iterator[Result]:
+    """Runs benchmarks on a model and yields each result as soon as it is there.
+
+    An item's outcome is a mapping: "task", "doc_id" (position in its split), "doc_hash" and "target_hash" (SHA-256 of
+    item and answer, as lm-eval computes them), "responses" (for each request the responses, one unless the task asks
+    several times), "metrics" (by lm-eval's key) and, for generated text, "filtered" (what each filter made of it).
+
+    Args:
+      lm: an `lm_eval.api.model.LM`.
+      loaded: from `load_benchmarks`, each to be used once.
+      limit: the first so many items of each task; below 1, this share of them.
+      apply_chat_template: wraps requests in the model's chat template, few-shot examples as turns of the conversation.
+      journal: the one that `lm` writes its responses to, if it does.
+      bootstrap_iterations: draws behind the standard errors that come by resampling.
+      about: what else the results shall say of the run, beside versions and devices.
+
+    Raises:
+      GlupruneError: as `lm` raises it.
+    """
+    facts = _versions_and_devices() | dict(about or {})
+    for item in loaded:
+        yield _evaluate(item, lm, limit, apply_chat_template, journal, bootstrap_iterations, facts)
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def _load(benchmark: Benchmark, task_manager: Any, note: Callable[[str], None] | None) -> LoadedBenchmark:
+    random.seed(SEEDS["python"])
+    np.random.seed(SEEDS["numpy"])
+    try:
+        tasks = task_manager.load([benchmark.name])
+    except ModuleNotFoundError as error:
+        raise OperationError(
+            f"{benchmark.name} needs the Python package {error.name}, which is not installed"
+        ) from error
+    wanted = benchmark.num_fewshot
+    fixed = []
+    for name, task in tasks["tasks"].items():
+        _check_task(name, task)
+        # lm-eval's rule: a task that sets its number to 0 itself keeps it.
+        own = task.get_config("num_fewshot")
+        if own == 0 and wanted:
+            fixed.append(name)
+        elif wanted is not None or own is None:
+            task.set_config(key="num_fewshot", value=wanted or 0)
+        check_examples(task)
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
+    if fixed and note:
+        note(f"{benchmark.name} takes no few-shot examples but its own: {wanted} were asked for, and none are added")
+    return LoadedBenchmark(benchmark, tasks, (random.getstate(), np.random.get_state()))
+
+
+def _check_task(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise RequestError(f"{name} runs what the model writes as a program, which is not supported; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise RequestError(f"{name} shows the model images or sounds; accepted: tasks of text alone")
+    if task.get_config("dataset_path") == "google/IFEval":
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError as error:
+            raise OperationError(
+                f"the checker of {name} needs NLTK's punkt_tab, which cannot be downloaded; on a connected machine run "
+                f"`python -m nltk.downloader punkt_tab`, and set NLTK_DATA to the folder that holds it"
+            ) from error
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+def _evaluate(
+    loaded: LoadedBenchmark,
+    lm: Any,
+    limit: int | float | None,
+    apply_chat_template: bool,
+    journal: Journal | None,
+    bootstrap_iterations: int,
+    about: Mapping[str, Any],
+) -> Result:
+    import lm_eval
+
+    start, answered = time.perf_counter(), 0 if journal is None else journal.answered
+    random.setstate(loaded.random_state[0])
+    np.random.set_state(loaded.random_state[1])
+    with _tamed(), standard_errors():
+        _fix_language_detection()
+        outcome = lm_eval.evaluate(
+            lm,
+            loaded.tasks,
+            limit=limit,
+            bootstrap_iters=bootstrap_iterations,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+        )
+    seconds = time.perf_counter() - start
+    benchmark, tasks = loaded.benchmark, loaded.tasks["tasks"]
+    metrics = _metrics(outcome["results"][benchmark.name])
+    headline = benchmark.headline(metrics)
+    higher = benchmark.higher_is_better
+    if higher is None:
+        higher = outcome["higher_is_better"].get(benchmark.name, {}).get(headline.partition(",")[0]) is not False
+    instances = [instance for task in tasks.values() for instance in task.instances]
+    keys = [request_key(instance.request_type, instance.args) for instance in instances]
+    items = [item for task in tasks for item in _items(task, outcome["samples"][task])]
+    data = _data_digest(outcome, with_prompts=not apply_chat_template)
+    return Result(
+        benchmark=benchmark.name,
+        title=benchmark.title,
+        metric=headline,
+        higher_is_better=higher,
+        shots=_shots(outcome["n-shot"][task] for task in tasks),
+        limit=limit,
+        identity=json_digest([data, keys]),
+        data=data,
+        metrics=metrics,
+        tasks=_task_records(outcome),
+        num_items=len(items),
+        requests=len(keys),
+        computed=len(set(keys)) if journal is None else journal.answered - answered,
+        truncated=_truncated(journal, instances),
+        seconds=round(seconds, 3),
+        bootstrap_iterations=bootstrap_iterations,
+        about=about,
+        items=items,
+    )
+
+
+def _versions_and_devices() -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
+
+
+@contextlib.contextmanager
+def _tamed() -> Iterator[None]:
+    """lm-eval without its bars, notes and prints at the terminal, and with each prompt template compiled once.
+
+    It compiles its templates anew for every document, which takes three quarters of the time that prompts take.
+    """
+    import datasets
+    import lm_eval.api.task
+    import lm_eval.utils
+
+    logger, module, templates = logging.getLogger("lm_eval"), lm_eval.api.task, lm_eval.utils.env
+    level, bar, bars = logger.level, module.tqdm, datasets.are_progress_bars_disabled()
+    logger.setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR").upper())
+    module.tqdm = lambda iterable, **_: iterable
+    templates.from_string = functools.lru_cache(_TEMPLATES)(templates.from_string)
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+        module.tqdm = bar
+        del templates.from_string  # the class has the original
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _fix_language_detection() -> None:
+    # IFEval's checker guesses languages with a generator that is seeded anew from the clock for every text.
+    if "langdetect" in sys.modules:
+        sys.modules["langdetect"].DetectorFactory.seed = 0
+
+
+# ------------------------------------------------------------------------------------------------------ outcomes
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """lm-eval's flat results as value and standard error by metric."""
+    metrics = {}
+    for key, value in results.items():
+        metric, comma, filter_name = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, numbers.Real):
+            stderr = results.get(f"{metric}_stderr,{filter_name}")  # "N/A" where there is none
+            metrics[key] = {
+                "value": float(value),
+                "stderr": float(stderr) if isinstance(stderr, numbers.Real) else None,
+            }
+    return metrics
+
+
+def _task_records(outcome: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "version": str(outcome["versions"].get(name)),
+            "num_fewshot": outcome["n-shot"].get(name),
+            "items": results.get("sample_len"),
+            "metrics": _metrics(results),
+        }
+        for name, results in outcome["results"].items()
+    }
+
+
+def _shots(numbers: Iterable[int]) -> str:
+    low, *_, high = sorted([*numbers] * 2)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _data_digest(outcome: Mapping[str, Any], *, with_prompts: bool) -> str:
+    """Identifies tasks and data, the same for all models: in a chat template even the prompts are the model's own."""
+    digest = hashlib.sha256()
+    for task, samples in sorted(outcome["samples"].items()):
+        digest.update(f"{task} {outcome['versions'][task]} {outcome['n-shot'][task]}\n".encode())
+        for sample in samples:
+            hashes = [sample["doc_hash"], sample["target_hash"]] + [sample["prompt_hash"]] * with_prompts
+            digest.update(f"{' '.join(hashes)}\n".encode())
+    return digest.hexdigest()
+
+
+def _items(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """lm-eval's samples, one for each item and filter, as one outcome for each item, without the data's text."""
+    items: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        item = items.setdefault(
+            sample["doc_id"],
+            {
+                "task": task,
+                "doc_id": sample["doc_id"],
+                "doc_hash": sample["doc_hash"],
+                "target_hash": sample["target_hash"],
+                "responses": _plain(sample["resps"]),
+                "metrics": {},
+            },
+        )
+        item["metrics"] |= {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}
+        if isinstance(sample["resps"][0][0], str):
+            item.setdefault("filtered", {})[sample["filter"]] = _plain(sample["filtered_resps"])
+    return list(items.values())
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: tuples are lists, NumPy's scalars Python's."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _truncated(journal: Journal | None, instances: Iterable[Any]) -> int | None:
+    if journal is None:
+        return None
+    answers = (journal.answer(instance.request_type, instance.args) for instance in instances)
+    return sum(answer is not None and answer.truncated for answer in answers)
