@@ -28,10 +28,10 @@ from llama_3_2_1b import CONFIG
 from rich.console import Console
 from rich.table import Table
 
-from evals.perplexity import window_log_likelihoods
+from evals.engine import SCORED_TOKENS, extend, rows, score_tokens
 from gluprune_jax.generation import PromptChunk, Sampling, decode, empty_state, prefill
 from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
-from gluprune_jax.model import abstract_model
+from gluprune_jax.model import KVCache, abstract_model
 from gluprune_jax.slicing import slice_neurons
 
 HBM_BYTES = 16 * 2**30  # of a v5e chip
@@ -50,6 +50,10 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
+    def cache(slots: int) -> Any:
+        return jax.eval_shape(lambda: KVCache.empty(CONFIG, 1, slots, jnp.bfloat16))
+
+    hidden = jax.ShapeDtypeStruct((16 * 512, D), jnp.bfloat16)
     state = jax.eval_shape(lambda: empty_state(CONFIG, 8, 1024, jnp.bfloat16))
     chunk = PromptChunk(integers(), integers(), integers(512), integers(), integers(), integers())
     number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -59,14 +63,15 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "fingerprint": (mlp_extents, (F, gate, gate, down)),
         f"slice gate to {KEPT}": (slice_neurons, (0, 0, gate, integers(KEPT))),
         f"slice down to {KEPT}": (slice_neurons, (1, 0, down, integers(KEPT))),
-        "masked log-likelihoods, 8 x 512": (
-            window_log_likelihoods,
-            (graphdef, params, integers(8, 512), integers(8), masks),
+        "log-likelihoods, 16 rows of 512 on a header of 2048": (
+            rows,
+            (graphdef, params, cache(2048 + 512), *(integers(16, 512),) * 3, masks),
         ),
-        f"masked log-likelihoods, 1 x {LONG}": (
-            window_log_likelihoods,
-            (graphdef, params, integers(1, LONG), integers(1), masks),
+        f"log-likelihoods, 512 tokens of a document of {LONG}": (
+            extend,
+            (graphdef, params, cache(32768 + 512), integers(1, 512), masks),
         ),
+        "log-likelihoods, scores": (score_tokens, (graphdef, params, hidden, *(integers(SCORED_TOKENS[-1]),) * 2)),
         "prefill, 512 of 1 of 8 prompts": (prefill, (graphdef, params, state, chunk, sampling, masks)),
         "decode, 8 sequences": (decode, (graphdef, params, state, sampling, masks)),
     }

@@ -80,8 +80,8 @@ _CHANGES_GREEDY: Mapping[str, Any] = {
     )
 )
 
-# Requests whose texts are tokenised together: enough for all cores, and little memory.
-_TOKENISED_TOGETHER = 1024
+# Requests whose texts are tokenised together: enough for all cores; a token takes a hundred bytes meanwhile.
+_TOKENISED_TOGETHER = 256
 
 
 @register_model("gluprune")
@@ -99,8 +99,8 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
       max_length: tokens of the window, if fewer than the model's.
       add_bos_token: whether texts begin with the BOS token, unless they do already. None leaves it to the tokenizer.
       prefix_token_id: stands for an empty context and before documents; otherwise BOS, or EOS where there is none.
-      device: does nothing. lm-eval's command line says "cuda:0" to every model; JAX takes the accelerator that is there,
-        or what the environment variable JAX_PLATFORMS says.
+      device: does nothing, for lm-eval's command line says "cuda:0" to every model. JAX takes the accelerator that is
+        there, or what the environment variable JAX_PLATFORMS names.
       unknown: nothing else is accepted.
 
     Attributes:

@@ -28,7 +28,7 @@ from evals.prefix_tree import Extend, Row, Span, schedule
 from gluprune_jax.attention import KEY_BLOCK
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.generation import CHUNKS, chunks, generate, slots_for
-from gluprune_jax.model import KVCache, Llama
+from gluprune_jax.model import KVCache, LayerCache, Llama
 
 # Tokens of a row: long rows waste less at their ends, short ones less on attention to what is masked. What is left
 # over at the end runs in the smaller size.
@@ -231,9 +231,6 @@ class Engine:
         waiting: list[Row] = []  # rows that stand on the same cache
         for step in steps:
             if isinstance(step, Row):
-                if waiting and waiting[0].start != step.start:
-                    self._run_rows(waiting, cache, scorer)
-                    waiting.clear()
                 waiting.append(step)
                 continue
             self._run_rows(waiting, cache, scorer)
@@ -244,9 +241,8 @@ class Engine:
                 padded[0, : len(tokens)] = tokens
                 cache = cache.holding(step.start + start)
                 with self._compiled.naming(f"1 x {length} tokens on a cache of {slots}"):
-                    hidden, cache = extend(
-                        self._graphdef, self._params, cache, padded, np.full(1, len(tokens), np.int32), self._masks
-                    )
+                    hidden, new = extend(self._graphdef, self._params, cache, padded, self._masks)
+                    cache = append(cache, new, np.full(1, len(tokens), np.int32))
                 scorer.score(hidden, [(0, part) for span in step.spans if (part := _within(span, start, length))])
         self._run_rows(waiting, cache, scorer)
         scorer.finish()
@@ -275,7 +271,6 @@ class Engine:
         for i, row in enumerate(batch):
             n = len(row.tokens)
             tokens[i, :n], positions[i, :n], ends[i, :n] = row.tokens, row.positions, row.subtree_ends
-        cache = cache.holding(batch[0].start)
         with self._compiled.naming(f"{at_once} x {length} tokens on a cache of {cache.layers[0].k.shape[2]}"):
             hidden: Array = rows(self._graphdef, self._params, cache, tokens, positions, ends, self._masks)
         if (at_once, length) not in self._proven:
@@ -433,23 +428,24 @@ def rows(
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0)
 def extend(
     graphdef: nnx.GraphDef[Llama],
     params: nnx.State[Any, Any],
     cache: KVCache,
     tokens: Array,
-    counts: Array,
     neuron_masks: tuple[ArrayLike, ...],
-) -> tuple[Array, KVCache]:
-    """Runs `tokens [1, T]`, of which `counts [1]` are real, into `cache` (donated).
-
-    Returns:
-      Hidden states `[T, D]`, and the cache.
-    """
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    """Hidden states `[T, D]` of `tokens [1, T]` behind those in `cache`, and their keys and values for `append`."""
     model = nnx.merge(graphdef, params)
     hidden, new = model(tokens, caches=[cache], neuron_masks=neuron_masks)
-    return hidden[0], cache.append(new, counts)
+    return hidden[0], new
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def append(cache: KVCache, new: tuple[LayerCache, ...], counts: Array) -> KVCache:
+    """`KVCache.append` in place: within `extend`, which reads the cache in a loop, XLA would copy it first."""
+    return cache.append(new, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,29 +6,20 @@ the text.
 """
 
 import dataclasses
-import functools
 import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax import Array
 from jax.typing import ArrayLike
 
+from evals.engine import Engine, LogLikelihood
 from gluprune_jax.errors import OperationError, RequestError, unreadable
 from gluprune_jax.model import Llama
 
 # Names the English text that every Python carries: the language reference, as `help()` shows it.
 PYTHON_REFERENCE = "python-reference"
-
-# Positions whose logits exist at the same time, over all sequences of a batch.
-_LOGIT_POSITIONS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +69,7 @@ def perplexity(
     tokens: Sequence[int],
     *,
     window: int = 512,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     neuron_masks: tuple[ArrayLike, ...] | None = None,
     texts: Sequence[str] = ("the text",),
     on_tokens: Callable[[int], None] | None = None,
@@ -89,8 +80,8 @@ def perplexity(
       model: the model; log-probabilities are float32 whatever its dtype.
       tokens: token ids of the whole text. A last window of a single token is dropped.
       window: W, at least 2 and at most the model's window.
-      batch_size: windows in one forward pass; it does not change the result beyond rounding.
-      neuron_masks: see `Llama.__call__`; masks of any ratio share one compiled program.
+      batch_size: see `Engine`; it does not change the result beyond rounding.
+      neuron_masks: see `Llama.__call__`; masks of any ratio share the compiled programs.
       texts: what the tokens are, for the report.
       on_tokens: called with the number of tokens done so far.
 
@@ -103,62 +94,25 @@ def perplexity(
         raise RequestError(
             f"a window of {window} tokens; it must lie between 2 and the model's {model.config.max_position_embeddings}"
         )
-    if batch_size < 1:
-        raise RequestError(f"a batch of {batch_size} windows; it must be at least 1")
-    ids = np.asarray(tokens, np.int32)
-    if len(ids) < 2:
-        raise RequestError(f"{', '.join(texts)} has {len(ids)} tokens; perplexity needs at least 2")
-    model.config.check_tokens(ids)
-    window = min(window, len(ids))
-    count = -(-len(ids) // window)
-    padded = np.zeros((-(-count // batch_size) * batch_size, window), np.int32)
-    padded.reshape(-1)[: len(ids)] = ids
-    lengths = np.clip(len(ids) - window * np.arange(len(padded)), 0, window).astype(np.int32)
+    if len(tokens) < 2:
+        raise RequestError(f"{', '.join(texts)} has {len(tokens)} tokens; perplexity needs at least 2")
+    window = min(window, len(tokens))
+    windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    requests = [(piece[:1], piece[1:]) for piece in windows if len(piece) > 1]
+    done = 0
 
-    graphdef, params = nnx.split(model)
-    total = 0.0
-    for start in range(0, len(padded), batch_size):
-        rows = slice(start, start + batch_size)
-        total += math.fsum(
-            np.asarray(window_log_likelihoods(graphdef, params, padded[rows], lengths[rows], neuron_masks)).tolist()
-        )
+    def count(number: int, _: LogLikelihood) -> None:
+        nonlocal done
+        done += 1 + len(requests[number][1])
         if on_tokens:
-            on_tokens(int(lengths[: start + batch_size].sum()))
-    predicted = int(np.maximum(lengths - 1, 0).sum())
-    loss = -total / predicted
-    if not loss < math.log(sys.float_info.max):  # NaN is not below it either
+            on_tokens(done)
+
+    engine = Engine(model, neuron_masks=neuron_masks, batch_size=batch_size)
+    results = engine.loglikelihood(requests, on_result=count)
+    predicted = sum(len(continuation) for _, continuation in requests)
+    loss = -math.fsum(result.value for result in results) / predicted
+    if not loss < math.log(sys.float_info.max):
         raise OperationError(
             f"the mean negative log-likelihood of {', '.join(texts)} is {loss:g}: the model computes nothing sensible"
         )
     return Perplexity(math.exp(loss), predicted, window, tuple(texts))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def window_log_likelihoods(
-    graphdef: nnx.GraphDef[Llama],
-    params: nnx.State[Any, Any],
-    tokens: Array,
-    lengths: Array,
-    neuron_masks: tuple[ArrayLike, ...] | None,
-) -> Array:
-    """Sums the log-likelihoods of tokens 1 to `lengths - 1` of each row of `tokens [B, W]`: `[B]` float32.
-
-    Logits exist for a few hundred positions at a time, never as `[B, W, V]`.
-    """
-    model = nnx.merge(graphdef, params)
-    hidden, _ = model(tokens, neuron_masks=neuron_masks)
-    B, W, D = hidden.shape
-    chunk = max(1, _LOGIT_POSITIONS // B)
-    chunks = -(-(W - 1) // chunk)
-    padding = ((0, 0), (0, chunks * chunk - (W - 1)))
-    contexts = jnp.pad(hidden[:, :-1], (*padding, (0, 0))).reshape(B, chunks, chunk, D).swapaxes(0, 1)
-    targets = jnp.pad(tokens[:, 1:], padding).reshape(B, chunks, chunk).swapaxes(0, 1)
-
-    def log_likelihoods(block: tuple[Array, Array]) -> Array:
-        context, target = block
-        log_probabilities = jax.nn.log_softmax(model.logits(context), axis=-1)
-        return jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)[..., 0]
-
-    per_token = jax.lax.map(log_likelihoods, (contexts, targets)).swapaxes(0, 1).reshape(B, -1)
-    predicted = jnp.arange(1, chunks * chunk + 1) < lengths[:, None]
-    return jnp.sum(jnp.where(predicted, per_token, 0.0), axis=1)

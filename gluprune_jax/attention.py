@@ -38,6 +38,8 @@ def causal_attention(
         tokens        a b c d e f     a b c, a b d and e f in one row
         subtree_ends  4 4 3 4 6 6     d (at 3) sees a, b and itself, but not c
 
+    Padding must see itself too.
+
     Args:
       q: `[B, T, K, G, H]` queries, already rotated.
       k: `[B, T, K, H]` keys of the new tokens.

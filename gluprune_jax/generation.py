@@ -21,13 +21,15 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from gluprune_jax.errors import RequestError, is_out_of_memory
+from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.model import KVCache, Llama, ModelConfig
 
 # Tokens decoded by one call into compiled code; between calls the host fills slots and looks for stop strings.
 STEPS_PER_CALL = 16
 # A prompt is run in chunks of the larger size, and its rest in smaller ones.
 CHUNKS = (128, 512)
+# In place of a token, where the model computes NaN or infinities: what it left in the cache would spoil what follows.
+NONSENSE = -2
 _EOS_BUCKET = 8
 
 
@@ -125,6 +127,7 @@ def generate(
     Raises:
       RequestError: an empty prompt, one that does not fit the context window with its continuation, token ids
         outside the vocabulary, or a number out of range.
+      OperationError: the model gives logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, seed, slots)
     results: list[list[int]] = [[] for _ in prompts]
@@ -158,7 +161,12 @@ def generate(
             new = np.asarray(out)
             for slot, number in list(running.items()):
                 fresh = [int(firsts[slot])] if slot in firsts else []
-                fresh += new[slot][new[slot] >= 0].tolist()
+                fresh += new[slot][new[slot] != -1].tolist()
+                if NONSENSE in fresh:
+                    raise OperationError(
+                        f"the logits after {len(results[number])} new tokens of prompt {number} are not finite: the "
+                        f"model computes nothing sensible in {model.embed_tokens[...].dtype}"
+                    )
                 end = next((i for i, token in enumerate(fresh) if token in eos_ids), None)
                 tokens = results[number]
                 tokens += fresh[:end]
@@ -254,7 +262,8 @@ def prefill(
     number = jnp.asarray(chunk.number, jnp.int32)
     (token,) = choose(model.logits(last), sampling, number[None], (start + length)[None])
     remaining = jnp.asarray(chunk.remaining, jnp.int32) - 1
-    remaining = jnp.where(jnp.isin(token, jnp.asarray(sampling.eos_ids)), 0, jnp.maximum(remaining, 0))
+    ended = (token == NONSENSE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
+    remaining = jnp.where(ended, 0, jnp.maximum(remaining, 0))
 
     def write(slots: Array, fresh: Array) -> Array:
         return jax.lax.dynamic_update_slice(slots, fresh.astype(slots.dtype), (slot, 0, start, 0))
@@ -298,7 +307,8 @@ def decode(
         recent = recent.append(new, running.astype(jnp.int32))
         token = choose(model.logits(hidden[:, 0]), sampling, state.number, old.lengths + recent.lengths)
         out = jax.lax.dynamic_update_index_in_dim(out, jnp.where(running, token, -1), i, axis=1)
-        remaining = jnp.where(running & ~jnp.isin(token, jnp.asarray(sampling.eos_ids)), remaining - 1, 0)
+        ended = (token == NONSENSE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
+        remaining = jnp.where(running & ~ended, remaining - 1, 0)
         return i + 1, token, remaining, recent, out
 
     def running(carry: tuple[Array, Array, Array, KVCache, Array]) -> Array:
@@ -314,6 +324,8 @@ def decode(
 
 def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) -> Array:
     """The next token `[B]` int32 of logits `[B, V]`: the likeliest, or a draw (nucleus sampling, arXiv 1904.09751).
+
+    `NONSENSE` where the logits are not finite.
 
     Args:
       logits: float32.
@@ -338,7 +350,8 @@ def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) 
         return jnp.argmax(jnp.where(logits >= least, noisy, -jnp.inf), axis=-1)
 
     token: Array = jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
-    return token.astype(jnp.int32)
+    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # NaN if any is: argmax takes it for the largest
+    return jnp.where(jnp.isfinite(logit), token, NONSENSE).astype(jnp.int32)
 
 
 def _check(

@@ -19,7 +19,6 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 
 import convert
 from convert.hf_config import read_config
-from evals.perplexity import window_log_likelihoods
 from gluprune_jax import attention
 from gluprune_jax.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, causal_attention
 from gluprune_jax.generation import PromptChunk, Sampling, decode, empty_state, prefill
@@ -341,7 +340,7 @@ def tokens_like(T: int) -> jax.ShapeDtypeStruct:
 def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> int:
     """Elements of the largest array that a program computes over a text of T tokens."""
     graphdef, state = nnx.split(abstract_model(config))
-    lengths, number = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     decoding = jax.eval_shape(lambda: empty_state(config, 1, -(-T // KEY_BLOCK) * KEY_BLOCK, jnp.float32))
     chunk = PromptChunk(number, number, jax.ShapeDtypeStruct((T,), jnp.int32), number, number, number)
     sampling = Sampling(jax.ShapeDtypeStruct((8,), jnp.int32), *(jax.ShapeDtypeStruct((), jnp.float32),) * 2, number)
@@ -349,14 +348,11 @@ def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> i
         "forward": lambda: jax.make_jaxpr(functools.partial(last_logits, graphdef))(state, tokens_like(T)),
         "prefill": lambda: jax.make_jaxpr(functools.partial(prefill, graphdef))(state, decoding, chunk, sampling, None),
         "decode": lambda: jax.make_jaxpr(functools.partial(decode, graphdef))(state, decoding, sampling, None),
-        "perplexity": lambda: jax.make_jaxpr(functools.partial(window_log_likelihoods, graphdef))(
-            state, tokens_like(T), lengths, None
-        ),
     }
     return max(sizes(functions[program]().jaxpr))
 
 
-@pytest.mark.parametrize("program", ["forward", "prefill", "decode", "perplexity"])
+@pytest.mark.parametrize("program", ["forward", "prefill", "decode"])
 def test_the_largest_array_grows_with_the_length_not_its_square(program: str) -> None:
     heads, block = 32, 256
     for T in (8000, 16000):

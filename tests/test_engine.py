@@ -468,19 +468,18 @@ def sizes(jaxpr: Jaxpr) -> Iterator[int]:
 
 @pytest.mark.parametrize("window", [16_384, 131_072])
 def test_a_document_as_long_as_a_large_window_forms_no_square_array(model: Llama, window: int) -> None:
-    """Neither traced nor compiled: nothing but the cache itself grows with the window."""
+    """Neither traced nor compiled: nothing but the cache itself grows with the window, and it is not copied."""
     slots = window + 512
     config = dataclasses.replace(model.config, max_position_embeddings=window)
     graphdef, params = nnx.split(abstract_model(config))
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots, jnp.float32))
     masks = tuple(jax.ShapeDtypeStruct((80,), jnp.float32) for _ in range(2))
-    numbers = jax.ShapeDtypeStruct((1, 512), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    arguments = params, cache, *numbers, masks
+    arguments = params, cache, jax.ShapeDtypeStruct((1, 512), jnp.int32), masks
     square_of_a_row = config.num_attention_heads * 512 * 512
     largest = max(sizes(jax.make_jaxpr(functools.partial(extend, graphdef))(*arguments).jaxpr))
     assert largest <= max(cache.layers[0].k.size, square_of_a_row)
     memory = extend.lower(graphdef, *arguments).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * (sum(part.size for part in jax.tree.leaves(cache)) + 2 * square_of_a_row)
+    assert memory.temp_size_in_bytes < 4 * 4 * square_of_a_row
 
 
 # -------------------------------------------------------------------------------------------------- generation

@@ -17,7 +17,7 @@ import convert
 from convert.hf_config import read_config
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from gluprune_jax import generation
-from gluprune_jax.errors import RequestError
+from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import DecodeState, Sampling, choose, decode, empty_state, generate, prefill, release
 from gluprune_jax.importance import score
 from gluprune_jax.model import Llama, abstract_model
@@ -534,3 +534,14 @@ def test_a_real_model_says_what_it_says_in_transformers(
     lengths = [len(tokens) for tokens in ours]
     assert max(lengths) == 64
     assert min(lengths) < 64, "none came to its end"
+
+
+def test_a_model_that_computes_nonsense_is_reported(model: Llama) -> None:
+    """What it leaves in a slot would spoil the sequences that come after it."""
+    broken = nnx.clone(model)
+    broken.embed_tokens[...] = broken.embed_tokens[...].at[7].set(jnp.nan)
+    good, bad = [1, 2, 3], [7] * 40
+    generate(broken, [good], max_new_tokens=8)
+    for prompts in ([good, bad], [bad, good]):
+        with pytest.raises(OperationError, match=r"prompt \d are not finite: the model computes nothing sensible"):
+            generate(broken, prompts, max_new_tokens=8, slots=1)

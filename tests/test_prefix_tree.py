@@ -214,7 +214,7 @@ def test_nothing_is_shared_where_that_is_not_wanted() -> None:
         [[5], [5], [6]],
         [[5], [5, 6], [5, 6, 7], [5, 6]],
         [[5, 6, 7]] * 4,
-        [[0], [256], [65536], [1], [0, 256]],  # token ids sort as numbers, not as their bytes
+        [[0], [256], [65536], [1], [0, 256]],  # token ids of several bytes
         [range(8), range(16), range(24)],
         [range(9)],
         [[*range(8), 1], [*range(8), 2], range(8)],
