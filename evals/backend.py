@@ -28,6 +28,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 import convert
 from convert.checkpoint import model_arrays
 from convert.tokenizer import end_of_sequence_ids, load_tokenizer
+from evals.bootstrap import standard_errors
 from evals.engine import Engine, LogLikelihood
 from evals.journal import Journal, Response
 from evals.setting import check_tokenizer
@@ -787,7 +788,8 @@ def _lm_eval(arguments: list[str]) -> None:
     true_arguments = sys.argv
     sys.argv = ["lm-eval", *arguments, *_batch_size_flag(arguments)]  # it reads no other
     try:
-        cli_evaluate()
+        with standard_errors():  # lm-eval's own would fork this process, which JAX's threads may not survive
+            cli_evaluate()
     finally:
         sys.argv = true_arguments
 

@@ -686,7 +686,6 @@ def lm_eval_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 
 @pytest.mark.usefixtures("lm_eval_process")
-@pytest.mark.filterwarnings("ignore")  # lm-eval's own
 def test_lm_evals_command_line_runs_our_models(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
