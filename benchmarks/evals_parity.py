@@ -1,6 +1,7 @@
 """Item by item: our lm-eval backend against lm-eval's own `hf` backend (PyTorch, CPU), both in float32.
 
-    python benchmarks/evals_parity.py --data-dir DIR [--limit 8] [--tasks gsm8k piqa] [--pruned-percent 10] [--json]
+    python benchmarks/evals_parity.py --data-dir DIR [--limit 8] [--tasks gsm8k piqa] [--pruned-percent 10]
+        [--max-gen-toks N] [--json]
 
 SmolLM2-135M-Instruct, dense and pruned by PPM, is exported as a Hugging Face folder that both sides read. lm-eval
 builds the requests of the paper's 13 benchmarks (MMLU and GSM8K with 5 examples) once, and both answer the same ones:
@@ -382,10 +383,14 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=8, help="items of each lm-eval task, from short to long ones")
     parser.add_argument("--tasks", nargs="+", choices=everything, default=everything)
     parser.add_argument("--pruned-percent", type=float, default=10)
+    parser.add_argument(
+        "--max-gen-toks", type=int, metavar="N", help="shorter answers than GSM8K's 256 and IFEval's 1280"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if args.limit < 1:
-        parser.error(f"--limit is {args.limit}; it must be at least 1")
+    for flag, value in (("limit", args.limit), ("max-gen-toks", args.max_gen_toks)):
+        if value is not None and value < 1:
+            parser.error(f"--{flag} is {value}; it must be at least 1")
     rows: list[dict[str, Any]] = []
     covered: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as work:
@@ -398,6 +403,8 @@ def main() -> int:
             }
         if EDGE_CASES in args.tasks:
             requests[EDGE_CASES] = edge_cases(load_tokenizer(convert.load(models["dense"], stream=True)))
+        if args.max_gen_toks is not None:
+            requests = {name: with_gen_toks(instances, args.max_gen_toks) for name, instances in requests.items()}
         for model, folder in models.items():
             for row in ask_both(folder, requests):
                 rows.append({"model": model, **row})
