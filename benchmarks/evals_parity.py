@@ -123,7 +123,7 @@ def edge_cases(tokenizer: Any, window: int = SHORT_WINDOW) -> list[Instance]:
         ("The answer is", " Yes"),
         ("The answer is", " No"),
         ("The answer is", " Yes, it is"),
-        # Not " is": lm-eval 0.4.13 takes for it the logits of " Yes", for both requests run the same tokens.
+        # Not " is": as both requests then run the same tokens, lm-eval 0.4.13 looks it up where " Yes" belongs.
         ("The answer is Yes, it", " is not"),
         ("The capital of France is", " Paris"),
         ("x", " y"),
