@@ -63,17 +63,20 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "fingerprint": (mlp_extents, (F, gate, gate, down)),
         f"slice gate to {KEPT}": (slice_neurons, (0, 0, gate, integers(KEPT))),
         f"slice down to {KEPT}": (slice_neurons, (1, 0, down, integers(KEPT))),
-        "log-likelihoods, 16 rows of 512 on a header of 2048": (
+        "16 rows of 512 on a cached header": (
             rows,
             (graphdef, params, cache(2048 + 512), *(integers(16, 512),) * 3, masks),
         ),
-        f"log-likelihoods, 512 tokens of a document of {LONG}": (
+        f"512 tokens of a text of {LONG:,}": (
             extend,
             (graphdef, params, cache(32768 + 512), integers(1, 512), masks),
         ),
-        "log-likelihoods, scores": (score_tokens, (graphdef, params, hidden, *(integers(SCORED_TOKENS[-1]),) * 2)),
-        "prefill, 512 of 1 of 8 prompts": (prefill, (graphdef, params, state, chunk, sampling, masks)),
-        "decode, 8 sequences": (decode, (graphdef, params, state, sampling, masks)),
+        f"scores of {SCORED_TOKENS[-1]} tokens": (
+            score_tokens,
+            (graphdef, params, hidden, *(integers(SCORED_TOKENS[-1]),) * 2),
+        ),
+        "prefill, 512 tokens into 8 slots": (prefill, (graphdef, params, state, chunk, sampling, masks)),
+        "decode, 8 slots": (decode, (graphdef, params, state, sampling, masks)),
     }
 
 
@@ -110,7 +113,7 @@ def main() -> int:
         for name, result in results.items():
             sizes = (f"{result[key] / 1e9:.3f}" for key in ("argument_bytes", "temporary_bytes", "hbm_bytes"))
             table.add_row(name, f"{result['compile_seconds']:.1f}", *sizes, f"{result['hbm_bytes'] / HBM_BYTES:.1%}")
-        Console(width=110).print(table)
+        Console(width=120).print(table)
     too_large = [name for name, result in results.items() if result["hbm_bytes"] > HBM_BYTES]
     if too_large:
         print(f"does not fit into {HBM_BYTES / 1e9:.1f} GB: {', '.join(too_large)}", file=sys.stderr)
