@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import platformdirs
 from rich.console import Console
 
 import convert
+from convert.pypi import cache_folder
 from convert.store import DTYPE_NAMES, MODEL_HELP
 from convert.tokenizer import load_tokenizer
 from evals.results import Result, SettingResults, check_output, load_results, open_setting
@@ -255,7 +255,7 @@ def _use_compilation_cache() -> None:
     """Keeps compiled programs for the next run, in the user's cache folder unless JAX was told where."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    folder = Path(os.environ.get("GLUPRUNE_CACHE") or platformdirs.user_cache_dir("gluprune-jax")).expanduser() / "xla"
+    folder = cache_folder() / "xla"
     with contextlib.suppress(OSError):  # without a place for it, there is no cache
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_sizes import sizes
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import Jaxpr
 from numpy.typing import NDArray
 from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 
@@ -316,16 +316,6 @@ LLAMA_3_2_1B = ModelConfig(
     tie_word_embeddings=True,
 )
 TINY, _ = read_config(hf_config())
-
-
-def sizes(jaxpr: Jaxpr) -> Iterator[int]:
-    """Elements of every array that the program computes, inside loops and calls too."""
-    for equation in jaxpr.eqns:
-        yield from (math.prod(variable.aval.shape) for variable in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if isinstance(inner, Jaxpr):
-                yield from sizes(inner)
 
 
 def last_logits(graphdef: Any, state: Any, tokens: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_sizes import sizes
 from flax import nnx
-from jax.extend.core import Jaxpr
 from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 
 import convert
@@ -454,16 +454,6 @@ def test_documents_are_scored_window_by_window(model: Llama, oracle: Oracle, win
 def test_a_bad_prefix_token_is_refused(model: Llama) -> None:
     with pytest.raises(RequestError, match="token id 97 lies outside"):
         Engine(model).loglikelihood_rolling([[1, 2]], prefix_token=97)
-
-
-def sizes(jaxpr: Jaxpr) -> Iterator[int]:
-    """Elements of every array that the program computes, inside loops and calls too."""
-    for equation in jaxpr.eqns:
-        yield from (math.prod(variable.aval.shape) for variable in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if isinstance(inner, Jaxpr):
-                yield from sizes(inner)
 
 
 @pytest.mark.parametrize("window", [16_384, 131_072])
