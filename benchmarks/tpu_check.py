@@ -28,10 +28,11 @@ from llama_3_2_1b import CONFIG
 from rich.console import Console
 from rich.table import Table
 
-from evals.engine import SCORED_TOKENS, extend, rows, score_tokens
-from gluprune_jax.generation import PromptChunk, Sampling, decode, empty_state, prefill
+from evals.engine import SCORED_TOKENS, rows, score_tokens
+from gluprune_jax.generation import Sampling, admit, decode, empty_state
 from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
 from gluprune_jax.model import KVCache, abstract_model
+from gluprune_jax.prefill import append, extend
 from gluprune_jax.slicing import slice_neurons
 
 HBM_BYTES = 16 * 2**30  # of a v5e chip
@@ -55,7 +56,6 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 
     hidden = jax.ShapeDtypeStruct((16 * 512, D), jnp.bfloat16)
     state = jax.eval_shape(lambda: empty_state(CONFIG, 8, 1024, jnp.bfloat16))
-    chunk = PromptChunk(integers(), integers(), integers(512), integers(), integers(), integers())
     number = jax.ShapeDtypeStruct((), jnp.float32)
     sampling = Sampling(integers(8), number, number, jax.ShapeDtypeStruct((), jnp.uint32))
     return {
@@ -75,7 +75,12 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             score_tokens,
             (graphdef, params, hidden, *(integers(SCORED_TOKENS[-1]),) * 2),
         ),
-        "prefill, 512 tokens into 8 slots": (prefill, (graphdef, params, state, chunk, sampling, masks)),
+        "prefill, 512 tokens of a prompt": (extend, (graphdef, params, cache(2048 + 512), integers(1, 512), masks)),
+        "prefill, their keys and values": (append, (cache(2048 + 512), cache(512).layers, integers(1))),
+        "prefill, a prompt into one of 8 slots": (
+            admit,
+            (graphdef, params, state, cache(2048 + 512), hidden, *(integers(),) * 4, sampling),
+        ),
         "decode, 8 slots": (decode, (graphdef, params, state, sampling, masks)),
     }
 

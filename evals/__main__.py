@@ -119,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lm_eval(argv: Sequence[str]) -> int:
-    from evals.backend import run_lm_eval
+    from evals.lm_eval_command import run_lm_eval
 
+    _use_compilation_cache()
     return run_lm_eval(argv)
 
 

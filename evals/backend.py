@@ -14,27 +14,25 @@ import contextlib
 import functools
 import json
 import logging
-import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jinja2
 from jax.typing import ArrayLike
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 
 import convert
 from convert.checkpoint import model_arrays
 from convert.tokenizer import end_of_sequence_ids, load_tokenizer
-from evals.bootstrap import standard_errors
+from evals.decoding import Decoding, StopStrings, changes_to_greedy, parse_decoding
 from evals.engine import Engine, LogLikelihood
 from evals.journal import Journal, Response
 from evals.setting import check_tokenizer
 from gluprune_jax import terminal
-from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.generation import STEPS_PER_CALL
+from gluprune_jax.errors import OperationError, RequestError, shortened
 from gluprune_jax.importance import fingerprint
 from gluprune_jax.plan import PruningPlan
 
@@ -47,38 +45,6 @@ MODEL_ARGUMENTS = (
     "max_length",
     "add_bos_token",
     "prefix_token_id",
-)
-
-# What a task may say of decoding beside stop strings and lengths, and what changes nothing.
-_DECODING_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")
-_WITHOUT_EFFECT: Mapping[str, Any] = {"num_beams": 1, "repetition_penalty": 1, "top_k": 0}
-
-# What a checkpoint's generation config may ask for, which `transformers` would then do to greedy decoding as well, and
-# the values that ask for nothing.
-_CHANGES_GREEDY: Mapping[str, Any] = {
-    "repetition_penalty": 1,
-    "encoder_repetition_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "num_beams": 1,
-    "guidance_scale": 1,
-} | dict.fromkeys(
-    (
-        "min_new_tokens",
-        "bad_words_ids",
-        "force_words_ids",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "sequence_bias",
-        "penalty_alpha",
-        "exponential_decay_length_penalty",
-        "dola_layers",
-        "watermarking_config",
-        "stop_strings",
-    )
 )
 
 # Requests whose texts are tokenised together: enough for all cores; a token takes a hundred bytes meanwhile.
@@ -419,8 +385,8 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         if not ids or not targets:
             which = "context" if not ids else "continuation"
             raise RequestError(
-                f"the {which} of a request has no tokens (context {_shortened(context)}, continuation "
-                f"{_shortened(continuation)}); a task that asks so cannot be scored"
+                f"the {which} of a request has no tokens (context {shortened(context)}, continuation "
+                f"{shortened(continuation)}); a task that asks so cannot be scored"
             )
         return ids, targets
 
@@ -498,7 +464,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         Raises:
           RequestError: generation arguments that are not supported, no room in the window, or an empty context.
         """
-        for sentence in _changes_to_greedy(self.checkpoint):
+        for sentence in changes_to_greedy(self.checkpoint):
             self._note_once(sentence)
         end = None if self.eot_token_id is None else self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         asked = self._ask("generate_until", requests)
@@ -518,7 +484,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         return asked.responses()
 
     def _generate(
-        self, asked: "_Requests", decoding: "Decoding", numbers: Sequence[int], on_answer: Callable[[], None]
+        self, asked: "_Requests", decoding: Decoding, numbers: Sequence[int], on_answer: Callable[[], None]
     ) -> None:
         bos = self.tokenizer.bos_token
         texts = [
@@ -570,116 +536,6 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         if sentence not in self._said:
             self._said.add(sentence)
             self._note(sentence)
-
-
-# ------------------------------------------------------------------------------------------------------- generation
-
-
-class Decoding(NamedTuple):
-    """How a task wants its texts generated.
-
-    Attributes:
-      until: strings before which a text ends, that of the EOS token among them.
-      max_new_tokens: at most.
-      temperature: 0 for greedy decoding.
-      top_p: see `Engine.generate`.
-      seed: of the draws.
-    """
-
-    until: tuple[str, ...]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def parse_decoding(arguments: Mapping[str, Any], max_gen_toks: int, end: str | None = None) -> Decoding:
-    """The generation arguments of a task.
-
-    Args:
-      arguments: as the task has them.
-      max_gen_toks: new tokens where they do not say how many.
-      end: the text of the EOS token, which ends every text.
-
-    Raises:
-      RequestError: one is not supported, or has a value that it cannot have.
-    """
-    try:
-        settings = dict(normalize_gen_kwargs(dict(arguments), max_gen_toks))
-        until = handle_stop_sequences(settings.pop("until"), eos=end)
-        chosen = {name: value for name, value in settings.items() if value is not None}
-        temperature, top_p = float(chosen.pop("temperature", 0)), float(chosen.pop("top_p", 1))
-        max_new_tokens, seed = int(chosen.pop("max_gen_toks")), int(chosen.pop("seed", 0))
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"the generation arguments {_shortened(arguments)} cannot be understood: {error}") from error
-    sampled = chosen.pop("do_sample")
-    if unknown := [f"{k}={v!r}" for k, v in sorted(chosen.items()) if v != _WITHOUT_EFFECT.get(k)]:
-        raise RequestError(
-            f"the task asks for generation with {', '.join(unknown)}, which is not supported; "
-            f"accepted: {', '.join(_DECODING_ARGUMENTS)}"
-        )
-    if not all(isinstance(stop, str) for stop in until):
-        raise RequestError(
-            f"the stop strings of the task are {_shortened(until)}; accepted: a string or a list of them"
-        )
-    if not isinstance(sampled, bool):
-        raise RequestError(f"do_sample is {sampled!r}; it must be true or false")
-    if sampled and temperature <= 0:
-        raise RequestError(f"do_sample is true and the temperature {temperature:g}; to sample, it must be above 0")
-    if max_new_tokens < 1:
-        raise RequestError(f"max_gen_toks is {max_new_tokens}; it must be at least 1")
-    if not 0 <= seed < 1 << 32:
-        raise RequestError(f"the seed is {seed}; it must lie between 0 and {(1 << 32) - 1}")
-    return Decoding(tuple(until), max_new_tokens, temperature, top_p, seed)
-
-
-class StopStrings:
-    """Finds where lm-eval's `hf` backend ends a text.
-
-    After each token it decodes the last few, two more than the stop string has itself, and looks whether the stop
-    string is among their text. Called with a sequence's new tokens, an object says whether one was met of late, which
-    is what `Engine.generate` asks; `find` says where the first was.
-
-    Args:
-      tokenizer: the model's.
-      strings: end a text.
-    """
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
-        self._decode: Callable[[Sequence[int]], str] = tokenizer.decode
-        self._lookback = {text: len(tokenizer.encode(text, add_special_tokens=False)) + 2 for text in strings}
-
-    def __call__(self, ids: Sequence[int]) -> bool:
-        # Twice what the decode loop promises: what is overlooked here would cost decoding up to the last token.
-        return self.find(ids, max(0, len(ids) - 2 * STEPS_PER_CALL)) is not None
-
-    def find(self, ids: Sequence[int], start: int = 0) -> int | None:
-        """How many tokens there are when a text ends, more than `start`; None if no stop string is met."""
-        longest = max(self._lookback.values(), default=0)
-        for begin in range(start, len(ids), STEPS_PER_CALL):
-            end = min(begin + STEPS_PER_CALL, len(ids))
-            # The text of some tokens is part of that of more tokens, so most are decoded once for many.
-            text = self._decode(ids[max(0, begin + 1 - longest) : end])
-            if not any(stop in text for stop in self._lookback):
-                continue
-            for count in range(begin + 1, end + 1):
-                for stop, lookback in self._lookback.items():
-                    if stop in self._decode(ids[max(0, count - lookback) : count]):
-                        return count
-        return None
-
-
-def _changes_to_greedy(checkpoint: convert.Checkpoint) -> Iterator[str]:
-    """What `transformers` would do to greedy decoding because the checkpoint says so, and we do not."""
-    settings = dict(checkpoint.hf_config)
-    settings |= json.loads(checkpoint.assets.get("generation_config.json", b"{}"))
-    for name, nothing in _CHANGES_GREEDY.items():
-        value = settings.get(name)
-        if value is not None and value != nothing:
-            yield (
-                f"the generation config of {checkpoint.source} says {name} = {value!r}, which lm-eval's hf backend "
-                f"applies even to greedy decoding; here it is left out"
-            )
 
 
 # ------------------------------------------------------------------------------------------------------ bookkeeping
@@ -758,44 +614,5 @@ def _parse_batch_size(value: Any) -> int | None:
     return None if str(value).partition(":")[0] == "auto" else _parse_integer("batch_size", value)
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
-
-
 def _log(sentence: str) -> None:
     logging.getLogger("lm_eval.gluprune").warning(sentence)
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def run_lm_eval(argv: Sequence[str]) -> int:
-    """lm-eval's own command line, which finds the model "gluprune" here, and returns its exit status.
-
-    lm-eval 0.4.13 knows no plug-ins; later versions find it by its entry point.
-
-    Args:
-      argv: arguments of `lm-eval`, and `--debug`, which shows the traceback of an error.
-    """
-    arguments = [argument for argument in argv if argument != "--debug"]
-    return terminal.run("lm-eval", lambda: _lm_eval(arguments), debug=len(arguments) < len(argv))
-
-
-def _lm_eval(arguments: list[str]) -> None:
-    from lm_eval.__main__ import cli_evaluate
-
-    true_arguments = sys.argv
-    sys.argv = ["lm-eval", *arguments, *_batch_size_flag(arguments)]  # it reads no other
-    try:
-        with standard_errors():  # lm-eval's own would fork this process, which JAX's threads may not survive
-            cli_evaluate()
-    finally:
-        sys.argv = true_arguments
-
-
-def _batch_size_flag(arguments: Sequence[str]) -> list[str]:
-    """What to add so that our models do not run with lm-eval's batch size of 1 only because none is given."""
-    is_ours = "gluprune" in {argument.removeprefix("--model=") for argument in arguments}
-    is_given = any(argument.startswith(("--batch", "-b", "--config", "-C")) for argument in arguments)
-    return ["--batch_size", "auto"] if is_ours and not is_given else []

@@ -25,20 +25,19 @@ from numpy.typing import NDArray
 
 from evals.compile_log import CompileLog, Program
 from evals.prefix_tree import Extend, Row, Span, schedule
-from gluprune_jax.attention import KEY_BLOCK
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
-from gluprune_jax.generation import CHUNKS, chunks, generate, slots_for
-from gluprune_jax.model import KVCache, LayerCache, Llama
+from gluprune_jax.generation import generate, slots_for
+from gluprune_jax.model import KVCache, Llama
+from gluprune_jax.prefill import CHUNKS, append, cache_slots, chunk_sizes, chunks, extend
 
 # Tokens of a row: long rows waste less at their ends, short ones less on attention to what is masked. What is left
 # over at the end runs in the smaller size.
 ROW_LENGTHS = CHUNKS
-# Slots of the cache for shared prefixes; the last step of a prefix may overhang by a row.
-_CACHE_SLOTS = tuple(size + ROW_LENGTHS[-1] for size in (2048, 8192, 32768, 131072))
-# Tokens whose logits are formed by one call: most rows ask about few, a document about all.
-SCORED_TOKENS = (32, 256)
+# Tokens whose logits are formed by one call: most rows ask about few, a document about all. On CPUs the logits of 128
+# stay in the cache between the passes over them; a token costs three quarters of what it costs among 256.
+SCORED_TOKENS, CPU_SCORED_TOKENS = (32, 256), (32, 128)
 # Tokens of one call on an accelerator, and sequences that it decodes together: enough to keep it busy.
-_ACCELERATOR_TOKENS, _ACCELERATOR_SLOTS, _CPU_SLOTS = 8192, 64, 16
+_ACCELERATOR_TOKENS, _ACCELERATOR_SLOTS, _CPU_SLOTS = 8192, 64, 8
 # Calls whose results are not waited for yet.
 _IN_FLIGHT = 2
 
@@ -224,9 +223,7 @@ class Engine:
     def _run(self, sequences: Sequence[NDArray[np.int32]], asked: Sequence[int], scorer: "_Scorer") -> None:
         """Runs sequences, each from its asked token on to be scored."""
         steps = list(schedule(sequences, asked, ROW_LENGTHS[-1], share=self._share))
-        extents = [step.start + len(step.tokens) for step in steps if isinstance(step, Extend)]
-        needed = max(extents, default=0) + ROW_LENGTHS[-1]
-        slots = next((size for size in _CACHE_SLOTS if size >= needed), -(-needed // KEY_BLOCK) * KEY_BLOCK)
+        slots = cache_slots(max((s.start + len(s.tokens) for s in steps if isinstance(s, Extend)), default=0))
         cache = KVCache.empty(self.model.config, 1, slots, self._dtype)
         waiting: list[Row] = []  # rows that stand on the same cache
         for step in steps:
@@ -235,14 +232,11 @@ class Engine:
                 continue
             self._run_rows(waiting, cache, scorer)
             waiting.clear()
-            for start, length in chunks(len(step.tokens), *ROW_LENGTHS):
-                tokens = step.tokens[start : start + length]
-                padded = np.zeros((1, length), np.int32)
-                padded[0, : len(tokens)] = tokens
+            for start, tokens, length in chunks(step.tokens):
                 cache = cache.holding(step.start + start)
-                with self._compiled.naming(f"1 x {length} tokens on a cache of {slots}"):
-                    hidden, new = extend(self._graphdef, self._params, cache, padded, self._masks)
-                    cache = append(cache, new, np.full(1, len(tokens), np.int32))
+                with self._compiled.naming(f"1 x {tokens.shape[1]} tokens on a cache of {slots}"):
+                    hidden, new = extend(self._graphdef, self._params, cache, tokens, self._masks)
+                    cache = append(cache, new, np.full(1, length, np.int32))
                 scorer.score(hidden, [(0, part) for span in step.spans if (part := _within(span, start, length))])
         self._run_rows(waiting, cache, scorer)
         scorer.finish()
@@ -381,7 +375,8 @@ class _Scorer:
             return
         where, targets = (np.concatenate(parts) for parts in list(zip(*pieces, strict=True))[1:])
         outputs = []
-        for start, size in chunks(len(where), *SCORED_TOKENS):
+        sizes = CPU_SCORED_TOKENS if jax.default_backend() == "cpu" else SCORED_TOKENS
+        for start, size in chunk_sizes(len(where), *sizes):
             padding = (0, max(0, start + size - len(where)))
             chunk = [np.pad(part[start : start + size], padding) for part in (where, targets)]
             with self._compiled.naming(f"{size} of {hidden.shape[0]} tokens"):
@@ -429,34 +424,18 @@ def rows(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extend(
-    graphdef: nnx.GraphDef[Llama],
-    params: nnx.State[Any, Any],
-    cache: KVCache,
-    tokens: Array,
-    neuron_masks: tuple[ArrayLike, ...],
-) -> tuple[Array, tuple[LayerCache, ...]]:
-    """Hidden states `[T, D]` of `tokens [1, T]` behind those in `cache`, and their keys and values for `append`."""
-    model = nnx.merge(graphdef, params)
-    hidden, new = model(tokens, caches=[cache], neuron_masks=neuron_masks)
-    return hidden[0], new
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def append(cache: KVCache, new: tuple[LayerCache, ...], counts: Array) -> KVCache:
-    """`KVCache.append` in place: within `extend`, which reads the cache in a loop, XLA would copy it first."""
-    return cache.append(new, counts)
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def score_tokens(
     graphdef: nnx.GraphDef[Llama], params: nnx.State[Any, Any], hidden: Array, indices: Array, targets: Array
 ) -> tuple[Array, Array]:
     """Log-probabilities `[Q]` float32 of `targets [Q]` after `hidden[indices]`, and whether each is the likeliest."""
     model = nnx.merge(graphdef, params)
     logits = model.logits(hidden[indices])  # [Q, V]
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    # Of equal logits the first is the likeliest. Not argmax(logits) == targets: on CPUs, argmax takes as long as the
+    # logarithm of the sum.
+    earlier = jnp.arange(logits.shape[-1]) < targets[:, None]
+    is_greedy = ~jnp.any((logits > target) | ((logits == target) & earlier), axis=-1)
+    return target[:, 0] - jax.nn.logsumexp(logits, axis=-1), is_greedy
 
 
 # ---------------------------------------------------------------------------------------------------------- windows

@@ -35,3 +35,9 @@ def unreadable(what: str, error: OSError | UnicodeDecodeError) -> GlupruneError:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the host or the device has no memory left."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # the second is XLA's
+
+
+def shortened(value: object) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"

@@ -6,11 +6,12 @@ slot, and the next waiting prompt takes it, so that no slot idles while there is
     slot 0    prompt A . . . . . . end | prompt C . . . . . . .
     slot 1    prompt B . . . . . . . . . . . . end | prompt D .
 
-A prompt is prefilled in chunks of two sizes, so lengths do not recompile anything; the padding of a last chunk lies
-behind the filled slots of the cache, where nothing looks, until decoding overwrites it.
+A prompt is run into a cache of its own (`gluprune_jax.prefill`), which is then copied into the slot. What the next
+prompt begins with stays there and is not run again.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,11 +24,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.model import KVCache, Llama, ModelConfig
+from gluprune_jax.prefill import CHUNKS, Chunk, append, cache_slots, chunks, extend
 
 # Tokens decoded by one call into compiled code; between calls the host fills slots and looks for stop strings.
 STEPS_PER_CALL = 16
-# A prompt is run in chunks of the larger size, and its rest in smaller ones.
-CHUNKS = (128, 512)
 # In place of a token, where the model computes NaN or infinities: what it left in the cache would spoil what follows.
 NONSENSE = -2
 _EOS_BUCKET = 8
@@ -64,26 +64,6 @@ class DecodeState(NamedTuple):
     token: Array
     remaining: Array
     number: Array
-
-
-class PromptChunk(NamedTuple):
-    """A part of a prompt on its way into a slot.
-
-    Attributes:
-      slot: int32.
-      number: int32, the number of the prompt.
-      tokens: `[T]` int32, of which the first `length` are real.
-      start: int32, how many tokens of the prompt came before.
-      length: int32.
-      remaining: int32, how many tokens may follow the prompt; 0 while more of the prompt follows.
-    """
-
-    slot: ArrayLike
-    number: ArrayLike
-    tokens: ArrayLike
-    start: ArrayLike
-    length: ArrayLike
-    remaining: ArrayLike
 
 
 def generate(
@@ -140,23 +120,30 @@ def generate(
     ends[: len(eos_ids)] = eos_ids
     sampling = Sampling(ends, np.float32(temperature), np.float32(top_p), np.uint32(seed))
     graphdef, params = nnx.split(model)
-    cache_slots = slots_for(max(map(len, prompts), default=0) + max_new_tokens)
-    # Taken from the end: the longest first, so that memory runs out at the beginning or not at all.
-    waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    dtype = model.embed_tokens[...].dtype
+    longest = max(map(len, prompts), default=0)
+    waiting = queue(prompts)
     running: dict[int, int] = {}  # the number of the prompt in each slot
     total = 0
 
     def decode_all(slots: int) -> None:
         nonlocal total
-        state = empty_state(model.config, slots, cache_slots, model.embed_tokens[...].dtype)
+        state = empty_state(model.config, slots, slots_for(longest + max_new_tokens), dtype)
+        prompt_cache, held = KVCache.empty(model.config, 1, cache_slots(longest), dtype), list[Chunk]()
         while waiting or running:
             firsts: dict[int, Array] = {}
             for slot in range(slots):
                 if slot not in running and waiting:
                     running[slot] = number = waiting.pop()
                     results[number] = []
-                    for chunk in prompt_chunks(prompts[number], slot, number, max_new_tokens):
-                        state, firsts[slot] = prefill(graphdef, params, state, chunk, sampling, neuron_masks)
+                    parts = chunks(prompts[number])
+                    for chunk in parts[_shared(parts[:-1], held) :]:
+                        prompt_cache = prompt_cache.holding(chunk.start)
+                        hidden, added = extend(graphdef, params, prompt_cache, chunk.tokens, neuron_masks)
+                        prompt_cache = append(prompt_cache, added, np.full(1, chunk.length, np.int32))
+                    held = parts
+                    numbers = (np.int32(value) for value in (chunk.length, slot, number, max_new_tokens))
+                    state, firsts[slot] = admit(graphdef, params, state, prompt_cache, hidden, *numbers, sampling)
             state, out = decode(graphdef, params, state, sampling, neuron_masks)
             new = np.asarray(out)
             for slot, number in list(running.items()):
@@ -165,7 +152,7 @@ def generate(
                 if NONSENSE in fresh:
                     raise OperationError(
                         f"the logits after {len(results[number])} new tokens of prompt {number} are not finite: the "
-                        f"model computes nothing sensible in {model.embed_tokens[...].dtype}"
+                        f"model computes nothing sensible in {dtype}"
                     )
                 end = next((i for i, token in enumerate(fresh) if token in eos_ids), None)
                 tokens = results[number]
@@ -203,32 +190,31 @@ def slots_for(longest: int) -> int:
     return max(CHUNKS[-1], 1 << (longest - 1).bit_length())
 
 
-def chunks(count: int, small: int, large: int) -> list[tuple[int, int]]:
-    """Cuts `count` tokens into starts and sizes, the last padded as little as two sizes allow in few calls."""
-    whole = count // large * large
-    if count - whole > 3 * small:
-        whole += large
-    return [(start, large) for start in range(0, whole, large)] + [
-        (start, small) for start in range(whole, count, small)
-    ]
+def queue(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers of prompts, the first to run at the end.
+
+    Those that begin alike follow each other, so that the beginning is run once; else long prompts come first and
+    those of about the same length together, because decoding visits as much of each cache as of the fullest.
+    """
+    beginnings = [tuple(prompt[: CHUNKS[0]]) for prompt in prompts]
+    longest = dict[tuple[int, ...], int]()
+    for beginning, prompt in zip(beginnings, prompts, strict=True):
+        longest[beginning] = max(longest.get(beginning, 0), len(prompt))
+    return sorted(range(len(prompts)), key=lambda n: (longest[beginnings[n]], beginnings[n], len(prompts[n])))
 
 
-def prompt_chunks(prompt: Sequence[int], slot: int, number: int, max_new_tokens: int) -> list[PromptChunk]:
-    """Cuts a prompt into chunks."""
-    result = []
-    for start, size in chunks(len(prompt), *CHUNKS):
-        part = prompt[start : start + size]
-        tokens = np.zeros(size, np.int32)
-        tokens[: len(part)] = part
-        remaining = max_new_tokens if start + len(part) == len(prompt) else 0
-        numbers = (np.int32(value) for value in (start, len(part), remaining))
-        result.append(PromptChunk(np.int32(slot), np.int32(number), tokens, *numbers))
-    return result
+def _shared(parts: Sequence[Chunk], held: Sequence[Chunk]) -> int:
+    """How many chunks from the first on are the same in both."""
+
+    def same(a: Chunk, b: Chunk) -> bool:
+        return a.length == b.length and np.array_equal(a.tokens, b.tokens)
+
+    return sum(1 for _ in itertools.takewhile(lambda pair: same(*pair), zip(parts, held, strict=False)))
 
 
-def empty_state(config: ModelConfig, slots: int, cache_slots: int, dtype: DTypeLike) -> DecodeState:
-    """`slots` free slots, each with a cache of `cache_slots` tokens."""
-    cache = KVCache.empty(config, slots, cache_slots, dtype)
+def empty_state(config: ModelConfig, slots: int, size: int, dtype: DTypeLike) -> DecodeState:
+    """`slots` free slots, each with a cache of `size` tokens."""
+    cache = KVCache.empty(config, slots, size, dtype)
     return DecodeState(cache, *(jnp.zeros((slots,), jnp.int32) for _ in range(3)))
 
 
@@ -240,36 +226,46 @@ def release(state: DecodeState, slot: Array) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill(
+def admit(
     graphdef: nnx.GraphDef[Llama],
     params: nnx.State[Any, Any],
     state: DecodeState,
-    chunk: PromptChunk,
+    prompt: KVCache,
+    hidden: Array,
+    length: ArrayLike,
+    slot: ArrayLike,
+    number: ArrayLike,
+    max_new_tokens: ArrayLike,
     sampling: Sampling,
-    neuron_masks: tuple[ArrayLike, ...] | None,
 ) -> tuple[DecodeState, Array]:
-    """Runs a chunk of a prompt into its slot; `state` is donated.
+    """Puts a prompt into a slot, and chooses the token that follows it; `state` is donated.
+
+    Args:
+      graphdef: of the model.
+      params: of the model.
+      state: all slots.
+      prompt: keys and values of the prompt.
+      hidden: `[T, D]`, the hidden states of its last chunk.
+      length: int32, how many of them are of real tokens.
+      slot: int32.
+      number: int32, the number of the prompt.
+      max_new_tokens: int32, how many tokens may follow the prompt.
+      sampling: how to choose.
 
     Returns:
-      The new state, and the token (int32) that follows the chunk.
+      The new state, and the chosen token (int32).
     """
-    model = nnx.merge(graphdef, params)
-    slot, start, length = (jnp.asarray(value, jnp.int32) for value in (chunk.slot, chunk.start, chunk.length))
-    row = jax.tree.map(lambda slots: jax.lax.dynamic_index_in_dim(slots, slot, axis=0), state.cache.layers)
-    cache = KVCache(row, start[None])
-    hidden, new = model(jnp.asarray(chunk.tokens)[None], caches=[cache], neuron_masks=neuron_masks)
-    last = jax.lax.dynamic_index_in_dim(hidden[0], length - 1, axis=0)
-    number = jnp.asarray(chunk.number, jnp.int32)
-    (token,) = choose(model.logits(last), sampling, number[None], (start + length)[None])
-    remaining = jnp.asarray(chunk.remaining, jnp.int32) - 1
+    length, slot, number = (jnp.asarray(value, jnp.int32) for value in (length, slot, number))
+    logits = nnx.merge(graphdef, params).logits(jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1))
+    (token,) = choose(logits, sampling, number[None], prompt.lengths)
     ended = (token == NONSENSE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
-    remaining = jnp.where(ended, 0, jnp.maximum(remaining, 0))
+    remaining = jnp.where(ended, 0, jnp.asarray(max_new_tokens, jnp.int32) - 1)
 
-    def write(slots: Array, fresh: Array) -> Array:
-        return jax.lax.dynamic_update_slice(slots, fresh.astype(slots.dtype), (slot, 0, start, 0))
+    def write(slots: Array, row: Array) -> Array:
+        return jax.lax.dynamic_update_slice(slots, row[:, :, : slots.shape[2]], (slot, 0, 0, 0))
 
-    filled = jnp.where(remaining > 0, start + length, 0)
-    cache = KVCache(jax.tree.map(write, state.cache.layers, new), state.cache.lengths.at[slot].set(filled))
+    filled = jnp.where(remaining > 0, prompt.lengths[0], 0)
+    cache = KVCache(jax.tree.map(write, state.cache.layers, prompt.layers), state.cache.lengths.at[slot].set(filled))
     state = DecodeState(
         cache,
         state.token.at[slot].set(token),

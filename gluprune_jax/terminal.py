@@ -36,6 +36,8 @@ def stderr() -> Console:
 
 def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
     """Runs a command and returns its exit status; errors become one line on standard error unless `debug`."""
+    # When it is imported without PyTorch, transformers says that models will not be available. Ours are.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         command()
     except BrokenPipeError:

@@ -21,8 +21,9 @@ import convert
 from convert.hf_config import read_config
 from gluprune_jax import attention
 from gluprune_jax.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, causal_attention
-from gluprune_jax.generation import PromptChunk, Sampling, decode, empty_state, prefill
+from gluprune_jax.generation import Sampling, decode, empty_state
 from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model
+from gluprune_jax.prefill import extend
 
 B, K, G, H = 2, 2, 3, 8
 Inputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
@@ -332,17 +333,18 @@ def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> i
     graphdef, state = nnx.split(abstract_model(config))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     decoding = jax.eval_shape(lambda: empty_state(config, 1, -(-T // KEY_BLOCK) * KEY_BLOCK, jnp.float32))
-    chunk = PromptChunk(number, number, jax.ShapeDtypeStruct((T,), jnp.int32), number, number, number)
     sampling = Sampling(jax.ShapeDtypeStruct((8,), jnp.int32), *(jax.ShapeDtypeStruct((), jnp.float32),) * 2, number)
     functions: dict[str, Callable[[], Any]] = {
         "forward": lambda: jax.make_jaxpr(functools.partial(last_logits, graphdef))(state, tokens_like(T)),
-        "prefill": lambda: jax.make_jaxpr(functools.partial(prefill, graphdef))(state, decoding, chunk, sampling, None),
+        "extend": lambda: jax.make_jaxpr(functools.partial(extend, graphdef))(
+            state, decoding.cache, tokens_like(T), None
+        ),
         "decode": lambda: jax.make_jaxpr(functools.partial(decode, graphdef))(state, decoding, sampling, None),
     }
     return max(sizes(functions[program]().jaxpr))
 
 
-@pytest.mark.parametrize("program", ["forward", "prefill", "decode"])
+@pytest.mark.parametrize("program", ["forward", "extend", "decode"])
 def test_the_largest_array_grows_with_the_length_not_its_square(program: str) -> None:
     heads, block = 32, 256
     for T in (8000, 16000):

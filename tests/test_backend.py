@@ -26,9 +26,11 @@ from tiny_tasks import write_tasks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import convert
-from evals.backend import MODEL_ARGUMENTS, Decoding, GlupruneLM, StopStrings, parse_decoding, run_lm_eval
+from evals.backend import MODEL_ARGUMENTS, GlupruneLM
+from evals.decoding import Decoding, StopStrings, parse_decoding
 from evals.engine import LogLikelihood
 from evals.journal import Journal
+from evals.lm_eval_command import run_lm_eval
 from gluprune_jax import make_plan, score
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.generation import STEPS_PER_CALL

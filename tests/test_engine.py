@@ -19,13 +19,14 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 import convert
 from evals import engine as engine_module
 from evals.compile_log import CompileLog
-from evals.engine import Engine, LogLikelihood, extend, rolling_windows
+from evals.engine import Engine, LogLikelihood, rolling_windows
 from gluprune_jax import generation
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import generate
 from gluprune_jax.importance import score
 from gluprune_jax.model import KVCache, Llama, abstract_model
 from gluprune_jax.plan import PruningPlan, make_plan
+from gluprune_jax.prefill import extend
 from gluprune_jax.slicing import slice_model
 
 Request = tuple[list[int], list[int]]
@@ -511,7 +512,7 @@ def test_all_of_the_decode_loop_can_be_asked_for(shallow: Llama, plain: list[lis
     assert engine.generate(PROMPTS, max_new_tokens=0) == [[]] * len(PROMPTS)
 
 
-@pytest.mark.parametrize(("batch_size", "slots"), [(1, 1), (3, 3), (4, 4), (None, 16)])
+@pytest.mark.parametrize(("batch_size", "slots"), [(1, 1), (3, 3), (4, 4), (None, 8)])
 def test_the_batch_size_is_the_number_of_slots(
     shallow: Llama, batch_size: int | None, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,7 +536,7 @@ def test_slots_are_those_that_the_memory_holds(shallow: Llama, monkeypatch: pyte
         free = round(3 * sequences * 512 * 2 * 2 * 8 * 4)
         monkeypatch.setattr(engine_module, "free_memory", lambda free=free: free)
         Engine(shallow).generate(PROMPTS, max_new_tokens=3)
-    assert asked == [1, 1, 4, 8, 16]
+    assert asked == [1, 1, 4, 8, 8]
 
 
 def test_a_prompt_must_fit_the_window_with_its_continuation(shallow: Llama) -> None:
@@ -599,7 +600,7 @@ def test_a_handful_of_programs_serves_everything(tmp_path: Path) -> None:
     assert len(programs) + len(unnamed.programs) <= 24, [*programs, *unnamed.programs]
     ours = [(program.name, program.shapes) for program in programs if hasattr(engine_module, program.name)]
     assert len(set(ours)) == len(ours), "compiled once each"
-    assert {"rows", "extend", "score_tokens", "prefill", "decode"} <= {program.name for program in programs}
+    assert {"rows", "extend", "append", "score_tokens", "admit", "decode"} <= {program.name for program in programs}
     assert all(program.compile_seconds > 0 and program.shapes for program in programs)
 
     # Other lengths, counts, conditions and masks: nothing new, not even the small change of eager operations.

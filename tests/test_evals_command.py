@@ -90,8 +90,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> type[Backend]:
 
     module = ModuleType("evals.backend")
     module.GlupruneLM = Fresh  # type: ignore[attr-defined]
-    module.run_lm_eval = len  # type: ignore[attr-defined]
+    command = ModuleType("evals.lm_eval_command")
+    command.run_lm_eval = len  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "evals.backend", module)
+    monkeypatch.setitem(sys.modules, "evals.lm_eval_command", command)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # what a command sets for its process stays out of the tests
     return Fresh
 

@@ -1,5 +1,6 @@
 """Decoding with a cache gives the tokens that full forward passes give, and those of transformers."""
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from convert.hf_config import read_config
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from gluprune_jax import generation
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.generation import DecodeState, Sampling, choose, decode, empty_state, generate, prefill, release
+from gluprune_jax.generation import DecodeState, Sampling, admit, choose, decode, empty_state, generate, release
 from gluprune_jax.importance import score
-from gluprune_jax.model import Llama, abstract_model
+from gluprune_jax.model import KVCache, Llama, abstract_model
 from gluprune_jax.plan import make_plan
+from gluprune_jax.prefill import append, extend
 from gluprune_jax.slicing import slice_model
 
 STEPS = 40  # three calls of the compiled loop
@@ -132,16 +134,16 @@ def test_values_do_not_recompile(model: Llama) -> None:
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "slots": 4}
         options |= {"should_stop": lambda tokens: len(tokens) > 16}
         generate(model, prompts, max_new_tokens=steps, eos_ids=ends, neuron_masks=mask, **options)
-        programs.append((prefill._cache_size(), decode._cache_size(), release._cache_size()))
+        programs.append([f._cache_size() for f in (extend, append, admit, decode, release)])
     assert programs == [programs[0]] * 5
 
 
 def test_chunks_of_two_sizes_serve_all_lengths(long_model: Llama) -> None:
     options = {"max_new_tokens": 4, "slots": 1}
-    generate(long_model, [[1] * 600], **options)
-    before = prefill._cache_size(), decode._cache_size()
+    generate(long_model, [[1] * 600, [1] * 1000], **options)
+    before = [f._cache_size() for f in (extend, append, admit, decode)]
     generate(long_model, [[1] * length for length in (513, 640, 641, 896, 897, 1000)], **options)
-    assert (prefill._cache_size(), decode._cache_size()) == before
+    assert [f._cache_size() for f in (extend, append, admit, decode)] == before
 
 
 def test_a_prompt_may_fill_the_window(model: Llama) -> None:
@@ -228,6 +230,23 @@ def test_prompts_in_chunks_equal_full_forward_passes(
 @pytest.mark.parametrize("slots", [1, 3])
 def test_slots_do_not_change_the_result(long_model: Llama, long_expected: list[list[int]], slots: int) -> None:
     assert generate(long_model, LONG_PROMPTS, max_new_tokens=STEPS, slots=slots) == long_expected
+
+
+def test_what_prompts_begin_with_is_run_once(long_model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole chunks, so that each continuation is what its prompt has alone; whatever else is between them."""
+    header, other = (np.random.default_rng(seed).integers(0, 97, 700).tolist() for seed in (1, 2))
+    prompts = [header + [n] * 5 for n in range(4)] + [other[:600], header[:600], [*other, 1, 2], header, header]
+    alone = [generate(long_model, [prompt], max_new_tokens=STEPS)[0] for prompt in prompts]
+    run: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        run.append(args[3].shape[1])
+        return extend(*args)
+
+    monkeypatch.setattr(generation, "extend", counted)
+    assert generate(long_model, prompts, max_new_tokens=STEPS, slots=2) == alone
+    # Once 512 tokens of each beginning. Of the header once the next 128 too, and each prompt's last chunk.
+    assert collections.Counter(run) == {512: 2, 128: 1 + 7 + 1 + 2}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 16])
@@ -420,7 +439,7 @@ OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory wh
 
 
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError()], ids=["device", "host"])
-@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("program", ["admit", "decode"])
 def test_without_memory_for_all_slots_there_are_fewer(
     model: Llama, expected: list[list[int]], program: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,7 +455,7 @@ def test_without_memory_for_all_slots_there_are_fewer(
     assert progress[-1] == len(PROMPTS) * STEPS
 
 
-@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("program", ["admit", "decode"])
 @pytest.mark.parametrize("call", range(1, 7))
 def test_what_has_ended_is_not_begun_anew(
     model: Llama, expected: list[list[int]], program: str, call: int, monkeypatch: pytest.MonkeyPatch
@@ -458,7 +477,7 @@ def test_what_has_ended_is_not_begun_anew(
     assert progress[-1] == sum(map(len, wanted))
 
 
-@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("program", ["admit", "decode"])
 def test_without_memory_for_one_slot_nothing_is_generated(
     model: Llama, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,16 +498,23 @@ def test_other_errors_are_not_swallowed(model: Llama, error: Exception, monkeypa
 
 
 @pytest.mark.parametrize("slots", [1, 8])
-def test_decoding_copies_no_cache(slots: int) -> None:
-    """Its temporary memory does not grow with the cache, which it changes in place."""
+@pytest.mark.parametrize("program", ["admit", "decode"])
+def test_the_cache_is_not_copied(slots: int, program: str) -> None:
+    """Temporary memory does not grow with the cache, which is changed in place."""
     config, _ = read_config(hf_config(max_position_embeddings=65536))
     graphdef, params = nnx.split(abstract_model(config))
     sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
+    prompt = jax.eval_shape(lambda: KVCache.empty(config, 1, 2560, jnp.float32))
+    hidden = jax.ShapeDtypeStruct((512, config.hidden_size), jnp.float32)
     temporary = []
     for cache_slots in (8192, 16384):
         state = jax.eval_shape(lambda size=cache_slots: empty_state(config, slots, size, jnp.float32))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache.layers))
-        memory = decode.lower(graphdef, params, state, sampling, None).compile().memory_analysis()
+        if program == "admit":
+            lowered = admit.lower(graphdef, params, state, prompt, hidden, *np.arange(4, dtype=np.int32), sampling)
+        else:
+            lowered = decode.lower(graphdef, params, state, sampling, None)
+        memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= size
         assert memory.temp_size_in_bytes < size / 8
         temporary.append(memory.temp_size_in_bytes)
