@@ -600,7 +600,7 @@ def test_a_handful_of_programs_serves_everything(tmp_path: Path) -> None:
     assert len(programs) + len(unnamed.programs) <= 24, [*programs, *unnamed.programs]
     ours = [(program.name, program.shapes) for program in programs if hasattr(engine_module, program.name)]
     assert len(set(ours)) == len(ours), "compiled once each"
-    assert {"rows", "extend", "append", "score_tokens", "admit", "decode"} <= {program.name for program in programs}
+    assert {"rows", "extend", "score_tokens", "admit", "decode"} <= {program.name for program in programs}
     assert all(program.compile_seconds > 0 and program.shapes for program in programs)
 
     # Other lengths, counts, conditions and masks: nothing new, not even the small change of eager operations.
