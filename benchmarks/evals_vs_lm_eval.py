@@ -49,17 +49,17 @@ class Measured(NamedTuple):
 TASKS = {
     "mmlu": Measured(None, 14042, 4),
     "arc_challenge": Measured(240, 1172, 2),
-    "hellaswag": Measured(120, 10042, 2),
+    "hellaswag": Measured(240, 10042, 2),
     "winogrande": Measured(480, 1267, 1.2),
     "piqa": Measured(400, 1838, 1.2),
     "boolq": Measured(160, 3270, 1),
     "truthfulqa_mc1": Measured(48, 817, 5),
     "truthfulqa_mc2": Measured(36, 817, 5),
-    "gsm8k": Measured(16, 1319, 2),
-    "ifeval": Measured(16, 541, 2),
+    "gsm8k": Measured(32, 1319, 2),
+    "ifeval": Measured(8, 541, 2),
     "leaderboard_musr": Measured(6, 756, 2),
     "wikitext": Measured(6, 62, 1.2),
-    "lambada_openai": Measured(320, 5153, 1.2),
+    "lambada_openai": Measured(640, 5153, 1.2),
 }
 SUITE_TARGET = 3.0
 # Whole subjects. Their prompts are as those of all 57: 734 tokens on average (723), 114 of them not shared (108).
