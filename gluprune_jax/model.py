@@ -125,6 +125,8 @@ class ModelConfig:
 
 # --------------------------------------------------------------------------------------------------- layers
 
+# On CPUs, XLA rearranges the second operand of a product: for few rows that should not be the weight. With it first,
+# 8 rows take 4/7 of the time, 128 rows 9/10, and 512 the same.
 _FEW_ROWS = 128
 
 
@@ -179,7 +181,6 @@ def project(x: Array, weight: Array, dtype: DTypeLike | None = None) -> Array:
     weight = weight.astype(x.dtype)
     if math.prod(x.shape[:-1]) > _FEW_ROWS:
         return jnp.einsum("...d,fd->...f", x, weight, preferred_element_type=dtype)
-    # On CPUs, XLA rearranges the second operand of a product: with the weight first, decoding takes a quarter less.
     contracted = (((1,), (x.ndim - 1,)), ((), ()))
     return jnp.moveaxis(jax.lax.dot_general(weight, x, contracted, preferred_element_type=dtype), 0, -1)
 

@@ -19,7 +19,7 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 import convert
 from evals import engine as engine_module
 from evals.compile_log import CompileLog
-from evals.engine import Engine, LogLikelihood, rolling_windows
+from evals.engine import Engine, LogLikelihood, rolling_windows, score_tokens
 from gluprune_jax import generation
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import generate
@@ -455,6 +455,15 @@ def test_documents_are_scored_window_by_window(model: Llama, oracle: Oracle, win
 def test_a_bad_prefix_token_is_refused(model: Llama) -> None:
     with pytest.raises(RequestError, match="token id 97 lies outside"):
         Engine(model).loglikelihood_rolling([[1, 2]], prefix_token=97)
+
+
+def test_of_equal_logits_the_first_is_greedy(model: Llama) -> None:
+    """Hidden states of zeros make all logits equal."""
+    graphdef, params = nnx.split(model)
+    hidden, targets = jnp.zeros((3, model.config.hidden_size)), np.array([0, 1, 96])
+    values, is_greedy = score_tokens(graphdef, params, hidden, np.arange(3), targets)
+    assert np.asarray(is_greedy).tolist() == [True, False, False]
+    np.testing.assert_allclose(values, -math.log(97), rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [16_384, 131_072])

@@ -455,7 +455,7 @@ def test_without_memory_for_all_slots_there_are_fewer(
     assert progress[-1] == len(PROMPTS) * STEPS
 
 
-@pytest.mark.parametrize("program", ["admit", "decode"])
+@pytest.mark.parametrize("program", ["extend", "admit", "decode"])
 @pytest.mark.parametrize("call", range(1, 7))
 def test_what_has_ended_is_not_begun_anew(
     model: Llama, expected: list[list[int]], program: str, call: int, monkeypatch: pytest.MonkeyPatch
@@ -477,7 +477,7 @@ def test_what_has_ended_is_not_begun_anew(
     assert progress[-1] == sum(map(len, wanted))
 
 
-@pytest.mark.parametrize("program", ["admit", "decode"])
+@pytest.mark.parametrize("program", ["extend", "admit", "decode"])
 def test_without_memory_for_one_slot_nothing_is_generated(
     model: Llama, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
