@@ -1,0 +1,158 @@
+"""Meshes of devices, and what is put onto them: `--mesh data=2,model=4` holds two replicas, each on four devices.
+
+The mesh of a model is that of its weights (`mesh_of`), and is made the current one around calls into compiled code
+(`on`). How arrays are divided is said by `gluprune_jax.sharding`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from numpy.typing import NDArray
+
+from gluprune_jax.errors import RequestError
+from gluprune_jax.model import Llama, abstract_model
+from gluprune_jax.sharding import MESH_AXES, PARAMETERS, partition_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """How many replicas of a model there are (`data`), and over how many devices each is spread (`model`)."""
+
+    data: int
+    model: int
+
+    @property
+    def devices(self) -> int:
+        """All devices of the mesh."""
+        return self.data * self.model
+
+    def __str__(self) -> str:
+        return f"data={self.data},model={self.model}"
+
+
+def parse_mesh(text: str) -> MeshShape | None:
+    """A mesh as `--mesh` spells it: "data=2,model=4" (what is not named is 1), or None for "auto".
+
+    Raises:
+      RequestError: anything else.
+    """
+    if text == "auto":
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(data|model)=([1-9][0-9]{0,5})\s*", part)
+        if match is None or match[1] in sizes:
+            raise RequestError(f"--mesh is {text!r}; write auto, or sizes such as data=2,model=4")
+        sizes[match[1]] = int(match[2])
+    return MeshShape(sizes.get("data", 1), sizes.get("model", 1))
+
+
+def make_mesh(shape: MeshShape, num_key_value_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh for a model with so many key/value heads.
+
+    Args:
+      shape: replicas, and devices of each.
+      num_key_value_heads: K.
+      devices: as many as the shape has; by default the first of those there are, near ones in the same replica.
+
+    Raises:
+      RequestError: there are too few devices, or with several processes not exactly as many.
+    """
+    if devices is None:
+        devices = jax.devices()
+        if shape.devices > len(devices) or (jax.process_count() > 1 and shape.devices != len(devices)):
+            raise RequestError(
+                f"the mesh {shape} has {shape.devices} devices, and there are {len(devices)}"
+                + (f" in {jax.process_count()} processes; all of them must be used" * (jax.process_count() > 1))
+            )
+        devices = devices[: shape.devices]
+    kv = math.gcd(shape.model, num_key_value_heads)
+    sizes = shape.data, kv, shape.model // kv
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shape_of(mesh: Mesh | None) -> MeshShape:
+    """Replicas and devices of each; one of one without a mesh."""
+    return MeshShape(1, 1) if mesh is None else MeshShape(mesh.shape["data"], mesh.shape["kv"] * mesh.shape["group"])
+
+
+def mesh_of(model: nnx.Module) -> Mesh | None:
+    """The mesh that a model's weights lie on; None where they lie on one device, or on a mesh of another kind."""
+    weight = jax.tree.leaves(nnx.state(model, nnx.Param))[0]
+    sharding = getattr(weight, "sharding", None)
+    is_ours = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == MESH_AXES
+    return cast("Mesh", sharding.mesh) if is_ours and isinstance(sharding, NamedSharding) else None
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a mesh the current one, for `constrain` and `per_shard` in code that is compiled in the block."""
+    return (
+        contextlib.nullcontext() if mesh is None else cast("contextlib.AbstractContextManager[Any]", jax.set_mesh(mesh))
+    )
+
+
+# ------------------------------------------------------------------------------------------- host and devices
+
+
+def parameter_sharding(mesh: Mesh, path: Sequence[Any], shape: Sequence[int]) -> NamedSharding:
+    """Where the parameter at `path` of a model, such as ("layers", 3, "mlp", "gate_proj"), lives."""
+    return NamedSharding(mesh, partition_spec(PARAMETERS[path[-1]], shape, mesh))
+
+
+def place(mesh: Mesh | None, value: NDArray[Any], *axes: str | None) -> Any:
+    """Puts an array that every process holds onto a mesh, each device taking its part; without a mesh, `value`."""
+    if mesh is None:
+        return value
+    sharding = NamedSharding(mesh, partition_spec(axes or (None,) * value.ndim, value.shape, mesh))
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def to_host(array: Array) -> NDArray[Any]:
+    """An array, whole, in the memory of every process. All processes must call it, in the same order."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def shard_model(model: Llama, mesh: Mesh) -> Llama:
+    """A model in memory, moved onto a mesh; its MLPs are padded to a multiple of the devices of a replica.
+
+    Args:
+      model: on any devices of this process.
+      mesh: from `make_mesh`.
+    """
+    config = dataclasses.replace(model.config, width_multiple=shape_of(mesh).model)
+    graphdef, state = nnx.split(abstract_model(config))
+    arrays = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        shape = variable.get_value().shape
+        sharding = parameter_sharding(mesh, path, shape)
+        flat.append((path, variable.replace(_fit(arrays[path], shape, sharding))))
+    sharded: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return sharded
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resize(x: Array, shape: tuple[int, ...]) -> Array:
+    """Cuts each axis to a size, or zero-pads it."""
+    x = x[tuple(slice(0, size) for size in shape)]
+    return jnp.pad(x, [(0, wanted - size) for wanted, size in zip(shape, x.shape, strict=True)])
+
+
+def _fit(x: Array, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
+    if x.shape != shape:
+        x = _resize(x, shape)
+    return cast("Array", jax.device_put(x, sharding))
