@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +23,13 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from evals.compile_log import CompileLog, Program
-from evals.prefix_tree import Extend, Row, Span, schedule
+from evals.prefix_tree import Extend, Row, Span, divide, schedule
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.generation import generate, slots_for
-from gluprune_jax.model import KVCache, Llama
-from gluprune_jax.prefill import CHUNKS, append, cache_slots, chunk_sizes, chunks, extend
+from gluprune_jax.mesh import mesh_of, on, place, shape_of
+from gluprune_jax.model import KVCache, Llama, ModelConfig, bind
+from gluprune_jax.prefill import CHUNKS, Chunk, append, cache_slots, chunk_sizes, chunks, extend
+from gluprune_jax.sharding import constrain
 
 # Tokens of a row: long rows waste less at their ends, short ones less on attention to what is masked. What is left
 # over at the end runs in the smaller size.
@@ -65,20 +66,34 @@ class _Question:
     is_greedy: bool = True
 
 
+class _Piece(NamedTuple):
+    """Tokens of a question: at `indices` of a replica's hidden states, followed by `targets`."""
+
+    question: int
+    indices: NDArray[np.int32]
+    targets: NDArray[np.int32]
+
+
 class Engine:
     """Scores and generates with one model.
 
     Args:
       model: the model; activations have the dtype of its embedding, log-probabilities are float32.
       neuron_masks: see `Llama.__call__`. Models of all masks and none share the compiled programs.
-      batch_size: rows of 512 tokens in one call, and sequences decoded together; by default from the free memory. An
-        out-of-memory error halves it. Results do not depend on it beyond rounding.
+      batch_size: rows of 512 tokens in one call, and sequences decoded together, in each replica; by default from the
+        free memory. An out-of-memory error halves it. Results do not depend on it beyond rounding.
       max_length: the window in tokens, if it is to be smaller than the model's.
       share_prefixes: False runs every request on its own, which takes longer and gives the same.
       note: called with what the user should know, in a sentence.
 
+    A model on a mesh is run as one program: each replica runs its part of the requests, all at the same time.
+
     Attributes:
       model: the model.
+      params: its parameters.
+      mesh: what they lie on; None for one device.
+      replicas: R, how many there are of the model.
+      compiled: what was compiled for this engine.
       window: the most tokens the model sees at once.
       truncated: how many contexts have been cut to fit so far.
 
@@ -106,10 +121,13 @@ class Engine:
         self.truncated = 0
         widths = model.config.stored_intermediate_sizes
         masks = [np.ones(width, np.float32) for width in widths] if neuron_masks is None else neuron_masks
-        self._masks = tuple(jax.device_put(np.asarray(mask, np.float32)) for mask in masks)
+        self.mesh = mesh_of(model)
+        self.replicas = shape_of(self.mesh).data
+        masks = [np.asarray(mask, np.float32) for mask in masks]
+        self._masks = tuple(jax.device_put(mask) if self.mesh is None else place(self.mesh, mask) for mask in masks)
         self._batch_size, self._share, self._note = batch_size, share_prefixes, note or (lambda _: None)
-        self._graphdef, self._params = nnx.split(model)
-        self._compiled = CompileLog()
+        self.params = nnx.state(model, nnx.Param)
+        self.compiled = CompileLog()
         self._rows_at_once: int | None = None
         self._proven: set[tuple[int, int]] = set()  # batches that fit into the memory
 
@@ -174,7 +192,8 @@ class Engine:
 
         asked = [min(questions[number].first for number in group) for group in askers]
         if sequences:
-            self._run(sequences, asked, _Scorer(self._graphdef, self._params, self._compiled, questions, askers, learn))
+            with on(self.mesh):
+                self._run(sequences, asked, _Scorer(self, questions, askers, learn))
         return [result for result in results if result is not None]
 
     def loglikelihood_rolling(
@@ -222,51 +241,77 @@ class Engine:
 
     def _run(self, sequences: Sequence[NDArray[np.int32]], asked: Sequence[int], scorer: "_Scorer") -> None:
         """Runs sequences, each from its asked token on to be scored."""
-        steps = list(schedule(sequences, asked, ROW_LENGTHS[-1], share=self._share))
-        slots = cache_slots(max((s.start + len(s.tokens) for s in steps if isinstance(s, Extend)), default=0))
-        cache = KVCache.empty(self.model.config, 1, slots, self._dtype)
-        waiting: list[Row] = []  # rows that stand on the same cache
-        for step in steps:
-            if isinstance(step, Row):
-                waiting.append(step)
-                continue
-            self._run_rows(waiting, cache, scorer)
-            waiting.clear()
-            for start, tokens, length in chunks(step.tokens):
-                cache = cache.holding(step.start + start)
-                with self._compiled.naming(f"1 x {tokens.shape[1]} tokens on a cache of {slots}"):
-                    hidden, new = extend(self._graphdef, self._params, cache, tokens, self._masks)
-                    cache = append(cache, new, np.full(1, length, np.int32))
-                scorer.score(hidden, [(0, part) for span in step.spans if (part := _within(span, start, length))])
-        self._run_rows(waiting, cache, scorer)
+        parts = divide(sequences, asked, self.replicas)
+        lanes = [_Lane(sequences, asked, part, share=self._share) for part in parts]
+        slots = cache_slots(max(lane.longest for lane in lanes))
+        cache = KVCache.empty(self.model.config, self.replicas, slots, self._dtype)
+        while wanted := collections.Counter(call for lane in lanes if (call := lane.wants())):
+            # All replicas do the same at the same time: what most are waiting for, while the others idle.
+            (call, _), *_ = wanted.most_common()
+            if call.program == "rows":
+                self._run_rows([lane if lane.wants() == call else None for lane in lanes], call.length, cache, scorer)
+            else:
+                cache = self._extend(lanes, call, cache, scorer)
         scorer.finish()
 
-    def _run_rows(self, waiting: Sequence[Row], cache: KVCache, scorer: "_Scorer") -> None:
-        """Runs rows that stand on the same cache, those of each length together."""
-        for shorter, length in itertools.pairwise((0, *ROW_LENGTHS)):
-            rows_left = [row for row in waiting if shorter < len(row.tokens) <= length]
-            while rows_left:
-                at_once = self._rows(length)
-                batch = rows_left[:at_once]
-                try:
-                    hidden = self._forward(batch, length, at_once, cache)
-                except Exception as error:
-                    if not is_out_of_memory(error) or at_once == 1:
-                        raise
-                    self._rows_at_once = max(1, self._rows(ROW_LENGTHS[-1]) // 2)
-                    self._note(f"out of memory: continuing with {self._rows_at_once} rows of 512 tokens at a time")
-                    continue
-                scorer.score(hidden, [(i * length, span) for i, row in enumerate(batch) for span in row.spans])
-                del rows_left[: len(batch)]
+    def _extend(self, lanes: "Sequence[_Lane]", call: "_Call", cache: KVCache, scorer: "_Scorer") -> KVCache:
+        """Runs the next chunk of each lane that waits for this call into the cache, which it takes."""
+        tokens = np.zeros((len(lanes), call.length), np.int32)
+        held, counts = np.zeros((2, len(lanes)), np.int32)
+        spans: list[list[tuple[int, Span]]] = [[] for _ in lanes]
+        for replica, lane in enumerate(lanes):
+            if lane.wants() == call:
+                step, chunk = lane.take_chunk()
+                lane.held = step.start + chunk.start
+                counts[replica], tokens[replica] = chunk.length, chunk.tokens[0]
+                parts = (_within(span, chunk.start, chunk.length) for span in step.spans)
+                spans[replica] = [(0, part) for part in parts if part]
+            held[replica] = lane.held
+            lane.held += counts[replica]
+        cache = cache.holding(held)
+        slots = cache.layers[0].k.shape[2]
+        with self.compiled.naming(f"{len(lanes)} x {call.length} tokens on a cache of {slots}"):
+            placed = place(self.mesh, tokens, "batch", None)
+            hidden, new = extend(self.model.config, self.params, cache, placed, self._masks)
+            cache = append(cache, new, counts)
+        scorer.score(hidden, spans)
+        return cache
 
-    def _forward(self, batch: Sequence[Row], length: int, at_once: int, cache: KVCache) -> Array:
-        tokens, positions = (np.zeros((at_once, length), np.int32) for _ in range(2))
-        ends = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), tokens.shape).copy()  # padding sees itself
-        for i, row in enumerate(batch):
-            n = len(row.tokens)
-            tokens[i, :n], positions[i, :n], ends[i, :n] = row.tokens, row.positions, row.subtree_ends
-        with self._compiled.naming(f"{at_once} x {length} tokens on a cache of {cache.layers[0].k.shape[2]}"):
-            hidden: Array = rows(self._graphdef, self._params, cache, tokens, positions, ends, self._masks)
+    def _run_rows(self, lanes: "Sequence[_Lane | None]", length: int, cache: KVCache, scorer: "_Scorer") -> None:
+        """Runs the next rows of each lane."""
+        while True:
+            at_once = self._rows(length)
+            batch = [[] if lane is None else lane.rows[length][:at_once] for lane in lanes]
+            try:
+                hidden = self._forward(batch, length, at_once, cache)
+                break
+            except Exception as error:
+                # What one process has no memory for, the others go on with.
+                if not is_out_of_memory(error) or at_once == 1 or jax.process_count() > 1:
+                    raise
+                self._rows_at_once = max(1, self._rows(ROW_LENGTHS[-1]) // 2)
+                self._note(f"out of memory: continuing with {self._rows_at_once} rows of 512 tokens at a time")
+        for lane, rows_of_lane in zip(lanes, batch, strict=True):
+            if lane is not None:
+                del lane.rows[length][: len(rows_of_lane)]
+        scorer.score(
+            hidden, [[(i * length, span) for i, row in enumerate(part) for span in row.spans] for part in batch]
+        )
+
+    def _forward(self, batch: Sequence[Sequence[Row]], length: int, at_once: int, cache: KVCache) -> Array:
+        """Hidden states `[R, at_once * length, D]` of rows of each replica."""
+        shape = len(batch) * at_once, length
+        tokens, positions = (np.zeros(shape, np.int32) for _ in range(2))
+        ends = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), shape).copy()  # padding sees itself
+        held = np.zeros(len(batch), np.int32)
+        for replica, part in enumerate(batch):
+            for i, row in enumerate(part, start=replica * at_once):
+                n = len(row.tokens)
+                tokens[i, :n], positions[i, :n], ends[i, :n] = row.tokens, row.positions, row.subtree_ends
+                held[replica] = row.start
+        with self.compiled.naming(f"{shape[0]} x {length} tokens on a cache of {cache.layers[0].k.shape[2]}"):
+            placed = (place(self.mesh, values, "batch", None) for values in (tokens, positions, ends))
+            hidden: Array = rows(self.model.config, self.params, cache.holding(held), *placed, self._masks)
         if (at_once, length) not in self._proven:
             hidden.block_until_ready()  # elsewhere nobody would know which batch was too large
             self._proven.add((at_once, length))
@@ -323,7 +368,8 @@ class Engine:
             slot_bytes = slots_for(longest) * config.num_hidden_layers * token_bytes
             slots = max(1, min(_CPU_SLOTS if on_cpu else _ACCELERATOR_SLOTS, free_memory() // 3 // slot_bytes))
             slots = 1 << (slots.bit_length() - 1)
-        with self._compiled.naming(f"{slots} slots of {slots_for(longest)}"):
+        slots *= self.replicas
+        with self.compiled.naming(f"{slots} slots of {slots_for(longest)}"):
             return generate(
                 self.model,
                 prompts,
@@ -341,7 +387,59 @@ class Engine:
 
     def programs(self) -> list[Program]:
         """The programs that were compiled for this engine so far."""
-        return list(self._compiled.programs)
+        return list(self.compiled.programs)
+
+
+class _Call(NamedTuple):
+    """A program that a lane waits for: "extend" or "rows", of so many tokens."""
+
+    program: str
+    length: int
+
+
+class _Lane:
+    """One replica's way through its part of the sequences.
+
+    Attributes:
+      longest: the most tokens that the cache must hold for it.
+      held: how many it holds.
+      rows: those that stand on them, by length.
+    """
+
+    def __init__(
+        self, sequences: Sequence[NDArray[np.int32]], asked: Sequence[int], members: Sequence[int], *, share: bool
+    ) -> None:
+        steps = schedule(sequences, asked, ROW_LENGTHS[-1], share=share, members=members) if members else ()
+        self._steps = collections.deque(steps)
+        self.longest = max((s.start + len(s.tokens) for s in self._steps if isinstance(s, Extend)), default=0)
+        self.held = 0
+        self.rows: dict[int, list[Row]] = {length: [] for length in ROW_LENGTHS}
+        self._chunks: collections.deque[tuple[Extend, Chunk]] = collections.deque()
+
+    def wants(self) -> _Call | None:
+        """What must run next; None when all is done."""
+        if not self._chunks and not any(self.rows.values()):
+            self._take_steps()
+        for length, waiting in self.rows.items():
+            if waiting:
+                return _Call("rows", length)
+        return _Call("extend", self._chunks[0][1].tokens.shape[1]) if self._chunks else None
+
+    def take_chunk(self) -> tuple[Extend, Chunk]:
+        """The next part of what the cache must hold."""
+        return self._chunks.popleft()
+
+    def _take_steps(self) -> None:
+        """Takes all rows that stand on the same cache, to run many together; or what the cache must hold next."""
+        while self._steps:
+            step = self._steps[0]
+            if isinstance(step, Extend):
+                if not any(self.rows.values()):
+                    self._chunks.extend((step, chunk) for chunk in chunks(step.tokens))
+                    self._steps.popleft()
+                return
+            self._steps.popleft()
+            self.rows[next(length for length in ROW_LENGTHS if len(step.tokens) <= length)].append(step)
 
 
 class _Scorer:
@@ -349,38 +447,35 @@ class _Scorer:
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef[Llama],
-        params: nnx.State[Any, Any],
-        compiled: CompileLog,
+        engine: Engine,
         questions: Sequence[_Question],
         askers: Sequence[Sequence[int]],
         learn: Callable[[int, float, bool], None],
     ) -> None:
-        self._graphdef, self._params, self._compiled = graphdef, params, compiled
-        self._questions, self._askers, self._learn = questions, askers, learn
+        self._engine, self._questions, self._askers, self._learn = engine, questions, askers, learn
         self._pending: collections.deque[Callable[[], None]] = collections.deque()
 
-    def score(self, hidden: Array, spans: Sequence[tuple[int, Span]]) -> None:
-        """Takes the hidden states `[n, D]` of a step, and its spans with where in `hidden` their row begins."""
-        pieces: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []  # question, indices, targets
-        for offset, span in spans:
-            for number in self._askers[span.sequence]:
-                question = self._questions[number]
-                skip = max(question.first - span.first, 0)
-                indices = span.indices[skip:] + np.int32(offset)
-                if len(indices):
-                    begin = span.first + skip - question.first
-                    pieces.append((number, indices, question.targets[begin : begin + len(indices)]))
-        if not pieces:
+    def score(self, hidden: Array, spans: Sequence[Sequence[tuple[int, Span]]]) -> None:
+        """Takes hidden states `[R, n, D]`, and each replica's spans with where in its `n` their row begins."""
+        pieces = [self._pieces(part) for part in spans]
+        longest = max(sum(len(indices) for _, indices, _ in part) for part in pieces)
+        if not longest:
             return
-        where, targets = (np.concatenate(parts) for parts in list(zip(*pieces, strict=True))[1:])
+        where, targets = np.zeros((2, len(pieces), longest), np.int32)
+        for replica, part in enumerate(pieces):
+            if part:
+                for rows_of_all, values in zip((where, targets), list(zip(*part, strict=True))[1:], strict=True):
+                    joined = np.concatenate(values)
+                    rows_of_all[replica, : len(joined)] = joined
         outputs = []
         sizes = CPU_SCORED_TOKENS if jax.default_backend() == "cpu" else SCORED_TOKENS
-        for start, size in chunk_sizes(len(where), *sizes):
-            padding = (0, max(0, start + size - len(where)))
-            chunk = [np.pad(part[start : start + size], padding) for part in (where, targets)]
-            with self._compiled.naming(f"{size} of {hidden.shape[0]} tokens"):
-                outputs.append(score_tokens(self._graphdef, self._params, hidden, *chunk))
+        engine = self._engine
+        for start, size in chunk_sizes(longest, *sizes):
+            padding = ((0, 0), (0, max(0, start + size - longest)))
+            chunk = (np.pad(part[:, start : start + size], padding) for part in (where, targets))
+            placed = [place(engine.mesh, part, "batch", None) for part in chunk]
+            with engine.compiled.naming(f"{len(pieces)} x {size} of {hidden.shape[1]} tokens"):
+                outputs.append(score_tokens(engine.model.config, engine.params, hidden, *placed))
         self._pending.append(functools.partial(self._hand_out, pieces, outputs))
         # Looking at a result waits for it; the next steps can be on their way meanwhile.
         while len(self._pending) > _IN_FLIGHT:
@@ -391,17 +486,32 @@ class _Scorer:
         while self._pending:
             self._pending.popleft()()
 
-    def _hand_out(self, pieces: Sequence[Any], outputs: Sequence[tuple[Array, Array]]) -> None:
-        values, greedy = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*outputs, strict=True))
-        at = 0
-        for number, indices, _ in pieces:
-            question, part = self._questions[number], slice(at, at + len(indices))
-            at += len(indices)
-            question.value += math.fsum(values[part].tolist())
-            question.is_greedy &= bool(greedy[part].all())
-            question.missing -= len(indices)
-            if not question.missing:
-                self._learn(number, question.value, question.is_greedy)
+    def _pieces(self, spans: Sequence[tuple[int, Span]]) -> list[_Piece]:
+        pieces = []
+        for offset, span in spans:
+            for number in self._askers[span.sequence]:
+                question = self._questions[number]
+                skip = max(question.first - span.first, 0)
+                indices = span.indices[skip:] + np.int32(offset)
+                if len(indices):
+                    begin = span.first + skip - question.first
+                    pieces.append(_Piece(number, indices, question.targets[begin : begin + len(indices)]))
+        return pieces
+
+    def _hand_out(self, pieces: Sequence[Sequence[_Piece]], outputs: Sequence[tuple[Array, Array]]) -> None:
+        values, greedy = (
+            np.concatenate([np.asarray(part) for part in parts], axis=1) for parts in zip(*outputs, strict=True)
+        )
+        for replica, own in enumerate(pieces):
+            at = 0
+            for number, indices, _ in own:
+                question, part = self._questions[number], slice(at, at + len(indices))
+                at += len(indices)
+                question.value += math.fsum(values[replica, part].tolist())
+                question.is_greedy &= bool(greedy[replica, part].all())
+                question.missing -= len(indices)
+                if not question.missing:
+                    self._learn(number, question.value, question.is_greedy)
 
 
 # ------------------------------------------------------------------------------------------------ compiled programs
@@ -409,7 +519,7 @@ class _Scorer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def rows(
-    graphdef: nnx.GraphDef[Llama],
+    config: ModelConfig,
     params: nnx.State[Any, Any],
     cache: KVCache,
     tokens: Array,
@@ -417,25 +527,36 @@ def rows(
     subtree_ends: Array,
     neuron_masks: tuple[ArrayLike, ...],
 ) -> Array:
-    """Hidden states `[B * T, D]` of rows `tokens [B, T]` that all stand on the one row of `cache`."""
-    model = nnx.merge(graphdef, params)
-    hidden, _ = model(tokens, positions, [cache], subtree_ends, neuron_masks)
-    return hidden.reshape(-1, hidden.shape[-1])
+    """Hidden states `[R, B * T, D]` of rows `tokens [R * B, T]`, B in each replica, standing on its row of `cache`."""
+    hidden, _ = bind(config, params)(tokens, positions, [cache], subtree_ends, neuron_masks)
+    return hidden.reshape(cache.lengths.shape[0], -1, hidden.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_tokens(
-    graphdef: nnx.GraphDef[Llama], params: nnx.State[Any, Any], hidden: Array, indices: Array, targets: Array
+    config: ModelConfig, params: nnx.State[Any, Any], hidden: Array, indices: Array, targets: Array
 ) -> tuple[Array, Array]:
-    """Log-probabilities `[Q]` float32 of `targets [Q]` after `hidden[indices]`, and whether each is the likeliest."""
-    model = nnx.merge(graphdef, params)
-    logits = model.logits(hidden[indices])  # [Q, V]
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    """What follows tokens of each of R replicas.
+
+    Args:
+      config: of the model.
+      params: of the model.
+      hidden: `[R, n, D]`.
+      indices: `[R, Q]` int32, which of the n.
+      targets: `[R, Q]` int32, what follows them.
+
+    Returns:
+      `[R, Q]` float32 log-probabilities of the targets, and `[R, Q]` whether each is the likeliest.
+    """
+    asked = constrain(jnp.take_along_axis(hidden, indices[..., None], axis=1), "batch", None, None)
+    logits = constrain(bind(config, params).logits(asked), "batch", None, "vocab")
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     # Of equal logits the first is the likeliest. Not argmax(logits) == targets: on CPUs, argmax takes as long as the
     # logarithm of the sum.
-    earlier = jnp.arange(logits.shape[-1]) < targets[:, None]
+    earlier = jnp.arange(logits.shape[-1]) < targets[..., None]
     is_greedy = ~jnp.any((logits > target) | ((logits == target) & earlier), axis=-1)
-    return target[:, 0] - jax.nn.logsumexp(logits, axis=-1), is_greedy
+    values = target[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    return constrain(values), constrain(is_greedy)
 
 
 # ---------------------------------------------------------------------------------------------------------- windows

@@ -13,6 +13,7 @@ behind the path that it shares with the next one.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -59,7 +60,12 @@ class Row:
 
 
 def schedule(
-    sequences: Sequence[Tokens], asked: Sequence[int], row_length: int, *, share: bool = True
+    sequences: Sequence[Tokens],
+    asked: Sequence[int],
+    row_length: int,
+    *,
+    share: bool = True,
+    members: Sequence[int] | None = None,
 ) -> Iterator[Extend | Row]:
     """Plans how sequences are run, each shared prefix once (or as often as is cheaper than caching it).
 
@@ -68,14 +74,31 @@ def schedule(
       asked: for each the first of its tokens that must be found in a span, and with it all that follow.
       row_length: T, the most tokens a row holds; an `Extend` may be of any length.
       share: False runs every sequence on its own.
+      members: the numbers of the sequences to run, in the order of `divide`; all when None.
 
     Yields:
       Steps, in the order in which they must run. Every asked token is in exactly one span.
     """
-    # In any order that keeps common beginnings together.
+    order = divide(sequences, asked, 1)[0] if members is None else list(members)
+    yield from _Planner([sequences[i] for i in order], [asked[i] for i in order], order, row_length, share).steps()
+
+
+def divide(sequences: Sequence[Tokens], asked: Sequence[int], parts: int) -> list[list[int]]:
+    """Divides sequences into parts of about equal work; those that begin alike stay together as far as that allows.
+
+    Returns:
+      For each part the numbers of its sequences, in an order that keeps common beginnings together.
+    """
     keys = [sequence.tobytes() for sequence in sequences]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
-    yield from _Planner([sequences[i] for i in order], [asked[i] for i in order], order, row_length, share).steps()
+    if parts == 1:
+        return [order]
+    common = [0, *(_common_prefix(sequences[a], sequences[b]) for a, b in itertools.pairwise(order))]
+    # A token that is scored costs about as much as one that is run.
+    work = [2 * len(sequences[i]) - asked[i] - shared for i, shared in zip(order, common, strict=True)]
+    middles = np.cumsum(work) - np.array(work) / 2
+    owners = (middles * parts / max(1, sum(work))).astype(int)
+    return [[i for i, owner in zip(order, owners, strict=True) if owner == part] for part in range(parts)]
 
 
 @dataclasses.dataclass(frozen=True)

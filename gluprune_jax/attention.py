@@ -1,6 +1,7 @@
 """Causal grouped-query attention of new tokens to themselves and to a cache, in blocks.
 
-Array letters: B batch, T new tokens, S cache slots, K key/value heads, G query heads per key/value head, H head dim.
+Array letters: B batch, C rows of a cache, T new tokens, S cache slots, K key/value heads, G query heads per key/value
+head, H head dim.
 
 The softmax is accumulated over blocks of keys (FlashAttention, arXiv 2205.14135): for each query the largest score,
 the sum of `exp(score - largest)` and the values weighted by it, all float32. Blocks of the cache behind the last
@@ -13,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Above this many queries the [B, K, T, G, T] scores are never formed whole.
+# Above this many queries the [B, K, G, T, T] scores are never formed whole.
 MAX_UNBLOCKED_QUERIES = 2048
 QUERY_BLOCK = 256
 # Slots of the cache whose scores exist at the same time; S is a multiple of it.
 KEY_BLOCK = 256
 
-_Softmax = tuple[Array, Array, Array]  # largest score [B, K, T, G], sum [B, K, T, G], weighted values [B, K, T, G, H]
+_Softmax = tuple[Array, Array, Array]  # largest score [B, K, G, T], sum [B, K, G, T], weighted values [B, K, G, T, H]
 
 
 def causal_attention(
@@ -45,26 +46,27 @@ def causal_attention(
       k: `[B, T, K, H]` keys of the new tokens.
       v: `[B, T, K, H]` values of the new tokens.
       subtree_ends: `[B, T]` int32; None for one sequence a row.
-      caches: each keys and values `[B, K, S, H]` and how many slots of each row are filled, `[B]` int32. With 1 in
-        place of B all rows share it. S is a multiple of `KEY_BLOCK`, or less.
+      caches: each keys and values `[C, K, S, H]` and how many slots of each row are filled, `[C]` int32. C divides B:
+        a row is that of B / C neighbours. S is a multiple of `KEY_BLOCK`, or less.
 
     Returns:
       `[B, T, K, G, H]` in the dtype of `q`.
     """
-    q, k, v = q.transpose(0, 2, 1, 3, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)  # heads lead
+    # Heads lead, so that heads that are divided over devices stay so when T is merged with another axis.
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
     softmax = _over_new_tokens(q, k, v, subtree_ends)
     for cache in caches:
         softmax = _over_cache(q, softmax, *cache)
     _, total, out = softmax
-    return (out / total[..., None]).astype(q.dtype).transpose(0, 2, 1, 3, 4)
+    return (out / total[..., None]).astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
 def _over_new_tokens(q: Array, k: Array, v: Array, subtree_ends: Array | None) -> _Softmax:
-    T = q.shape[2]
+    T = q.shape[3]
 
     def block(q: Array, start: Array | int, keys: int) -> _Softmax:
         """Queries from `start` on, over the first `keys` keys."""
-        queries, slots = start + jnp.arange(q.shape[2])[:, None], jnp.arange(keys)
+        queries, slots = start + jnp.arange(q.shape[3])[:, None], jnp.arange(keys)
         visible = (slots <= queries)[None]
         if subtree_ends is not None:
             visible &= queries < subtree_ends[:, None, :keys]
@@ -75,29 +77,35 @@ def _over_new_tokens(q: Array, k: Array, v: Array, subtree_ends: Array | None) -
     if T <= MAX_UNBLOCKED_QUERIES:
         # The later half of the keys is invisible to the earlier half of the queries: four blocks save 3/8 of the work.
         size = -(-T // 4) if T >= QUERY_BLOCK else T
-        parts = [block(q[:, :, i : i + size], i, min(i + size, T)) for i in range(0, T, size)]
-        largest, total, out = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+        parts = [block(q[:, :, :, i : i + size], i, min(i + size, T)) for i in range(0, T, size)]
+        largest, total, out = (jnp.concatenate(part, axis=3) for part in zip(*parts, strict=True))
         return largest, total, out
 
     blocks = -(-T // QUERY_BLOCK)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * QUERY_BLOCK - T), (0, 0), (0, 0)))
-    q = jnp.moveaxis(q.reshape(*q.shape[:2], blocks, QUERY_BLOCK, *q.shape[3:]), 2, 0)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, blocks * QUERY_BLOCK - T), (0, 0)))
+    q = jnp.moveaxis(q.reshape(*q.shape[:3], blocks, QUERY_BLOCK, q.shape[4]), 3, 0)
     parts = jax.lax.map(lambda part: block(part[0], part[1], T), (q, QUERY_BLOCK * jnp.arange(blocks)))
 
     def whole(part: Array) -> Array:
-        part = jnp.moveaxis(part, 0, 2)
-        return part.reshape(*part.shape[:2], -1, *part.shape[4:])[:, :, :T]
+        part = jnp.moveaxis(part, 0, 3)
+        return part.reshape(*part.shape[:3], -1, *part.shape[5:])[:, :, :, :T]
 
     largest, total, out = map(whole, parts)
     return largest, total, out
 
 
 def _over_cache(q: Array, softmax: _Softmax, k: Array, v: Array, filled: Array) -> _Softmax:
-    B, K, T = q.shape[:3]
-    shared = k.shape[0] == 1 < B
-    if shared:  # one long row of queries, so that the keys are read once
-        q, *parts = (jnp.moveaxis(part, 0, 1).reshape(1, K, B * T, *part.shape[3:]) for part in (q, *softmax))
-        softmax = parts[0], parts[1], parts[2]
+    B, K, G, T = q.shape[:4]
+    C = k.shape[0]
+    shared = C < B
+    if shared:  # one long row of queries for each row of the cache, so that its keys are read once
+
+        def joined(part: Array) -> Array:
+            part = jnp.moveaxis(part.reshape(C, B // C, *part.shape[1:]), 1, 3)
+            return part.reshape(C, K, G, B // C * T, *part.shape[5:])
+
+        q, (largest, total, out) = joined(q), map(joined, softmax)
+        softmax = largest, total, out
 
     size = min(KEY_BLOCK, k.shape[2])
 
@@ -111,25 +119,30 @@ def _over_cache(q: Array, softmax: _Softmax, k: Array, v: Array, filled: Array) 
     else:
         result = jax.lax.fori_loop(0, (jnp.max(filled) + size - 1) // size, step, softmax)
     if shared:
-        largest, total, out = (jnp.moveaxis(part.reshape(K, B, T, *part.shape[3:]), 1, 0) for part in result)
+
+        def apart(part: Array) -> Array:
+            part = jnp.moveaxis(part.reshape(C, K, G, B // C, T, *part.shape[4:]), 3, 1)
+            return part.reshape(B, K, G, T, *part.shape[5:])
+
+        largest, total, out = map(apart, result)
         return largest, total, out
     return result
 
 
 def _accumulate(softmax: _Softmax, q: Array, k: Array, v: Array, visible: Array) -> _Softmax:
-    """Adds keys and values `[B, K, S, H]` to the softmax of `q [B, K, T, G, H]`; `visible [B, T, S]`."""
-    B, K, T, G, H = q.shape
-    # T and G as one axis: one large matrix product a head instead of G small ones.
-    scores = jnp.einsum("bkqh,bksh->bkqs", q.reshape(B, K, T * G, H), k, preferred_element_type=jnp.float32)
-    scores = (scores * H**-0.5).reshape(B, K, T, G, -1)
-    scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
+    """Adds keys and values `[B, K, S, H]` to the softmax of `q [B, K, G, T, H]`; `visible [B, T, S]`."""
+    B, K, G, T, H = q.shape
+    # G and T as one axis: one large matrix product a head instead of G small ones.
+    scores = jnp.einsum("bkqh,bksh->bkqs", q.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
+    scores = (scores * H**-0.5).reshape(B, K, G, T, -1)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     old_largest, total, out = softmax
     largest = jnp.maximum(old_largest, jnp.max(scores, axis=-1))  # finite: a token sees itself
     weights = jnp.exp(scores - largest[..., None])
     scale = jnp.exp(old_largest - largest)
     weighted = jnp.einsum(
         "bkqs,bksh->bkqh",
-        weights.reshape(B, K, T * G, -1).astype(v.dtype),
+        weights.reshape(B, K, G * T, -1).astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
     )

@@ -8,11 +8,15 @@ slot, and the next waiting prompt takes it, so that no slot idles while there is
 
 A prompt is run into a cache of its own (`gluprune_jax.prefill`), which is then copied into the slot. What the next
 prompt begins with stays there and is not run again.
+
+On a mesh each replica has its own slots and its own cache for prompts, and all replicas do the same at the same time:
+as many prompts are run together as there are replicas, and all slots are decoded together.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
-from gluprune_jax.model import KVCache, Llama, ModelConfig
+from gluprune_jax.mesh import mesh_of, on, place, shape_of
+from gluprune_jax.model import KVCache, Llama, ModelConfig, bind, per_cache_row
 from gluprune_jax.prefill import CHUNKS, Chunk, append, cache_slots, chunks, extend
+from gluprune_jax.sharding import constrain
 
 # Tokens decoded by one call into compiled code; between calls the host fills slots and looks for stop strings.
 STEPS_PER_CALL = 16
@@ -95,8 +102,8 @@ def generate(
       top_p: draws from the smallest set of most likely tokens that together have this probability.
       seed: of the draws. A prompt's tokens depend on it and on the prompt's number, not on the other prompts.
       neuron_masks: see `Llama.__call__`.
-      slots: sequences decoded at the same time; it does not change the result. When the device has no memory for
-        them it is halved, and the unfinished prompts start anew.
+      slots: sequences decoded at the same time, in all replicas together; it does not change the result. When the
+        devices have no memory for them it is halved, and the unfinished prompts start anew.
       on_tokens: called with the number of new tokens so far, of all prompts together, for progress.
       on_result: called with the number of a prompt and its new tokens as soon as it has ended.
       on_out_of_memory: called with the new number of slots.
@@ -119,7 +126,8 @@ def generate(
     ends = np.full(-(-max(1, len(eos_ids)) // _EOS_BUCKET) * _EOS_BUCKET, -1, np.int32)
     ends[: len(eos_ids)] = eos_ids
     sampling = Sampling(ends, np.float32(temperature), np.float32(top_p), np.uint32(seed))
-    graphdef, params = nnx.split(model)
+    config, params, mesh = model.config, nnx.state(model, nnx.Param), mesh_of(model)
+    replicas = shape_of(mesh).data
     dtype = model.embed_tokens[...].dtype
     longest = max(map(len, prompts), default=0)
     waiting = queue(prompts)
@@ -127,37 +135,45 @@ def generate(
     total = 0
 
     def decode_all(slots: int) -> None:
+        """Decodes with so many slots in each replica."""
         nonlocal total
-        state = empty_state(model.config, slots, slots_for(longest + max_new_tokens), dtype)
-        prompt_cache, held = KVCache.empty(model.config, 1, cache_slots(longest), dtype), list[Chunk]()
+        state = empty_state(config, replicas * slots, slots_for(longest + max_new_tokens), dtype)
+        prefill = _Prefill(config, params, KVCache.empty(config, replicas, cache_slots(longest), dtype), mesh)
         while waiting or running:
-            firsts: dict[int, Array] = {}
-            for slot in range(slots):
-                if slot not in running and waiting:
-                    running[slot] = number = waiting.pop()
-                    results[number] = []
-                    parts = chunks(prompts[number])
-                    for chunk in parts[_shared(parts[:-1], held) :]:
-                        prompt_cache = prompt_cache.holding(chunk.start)
-                        hidden, added = extend(graphdef, params, prompt_cache, chunk.tokens, neuron_masks)
-                        prompt_cache = append(prompt_cache, added, np.full(1, chunk.length, np.int32))
-                    held = parts
-                    numbers = (np.int32(value) for value in (chunk.length, slot, number, max_new_tokens))
-                    state, firsts[slot] = admit(graphdef, params, state, prompt_cache, hidden, *numbers, sampling)
-            state, out = decode(graphdef, params, state, sampling, neuron_masks)
+            firsts: dict[int, int] = {}
+            while waiting and len(running) < replicas * slots:
+                fresh: dict[int, tuple[int, int]] = {}  # by replica: the slot in it, and the number of the prompt
+                for replica in range(replicas):
+                    free = (slot for slot in range(slots) if replica * slots + slot not in running)
+                    if waiting and (slot := next(free, None)) is not None:
+                        fresh[replica] = slot, (number := waiting.pop())
+                        running[replica * slots + slot] = number
+                        results[number] = []
+                asked = {replica: prompts[number] for replica, (_, number) in fresh.items()}
+                for done, hidden in prefill.run(asked, neuron_masks):
+                    slot_of, number_of = np.full(replicas, -1, np.int32), np.zeros(replicas, np.int32)
+                    for replica in done:
+                        slot_of[replica], number_of[replica] = fresh[replica]
+                    limit = np.int32(max_new_tokens)
+                    state, chosen = admit(
+                        config, params, state, prefill.cache, hidden, slot_of, number_of, limit, sampling
+                    )
+                    tokens_chosen = np.asarray(chosen)
+                    firsts |= {replica * slots + fresh[replica][0]: int(tokens_chosen[replica]) for replica in done}
+            state, out = decode(config, params, state, sampling, neuron_masks)
             new = np.asarray(out)
             for slot, number in list(running.items()):
-                fresh = [int(firsts[slot])] if slot in firsts else []
-                fresh += new[slot][new[slot] != -1].tolist()
-                if NONSENSE in fresh:
+                added = [firsts[slot]] if slot in firsts else []
+                added += new[slot][new[slot] != -1].tolist()
+                if NONSENSE in added:
                     raise OperationError(
                         f"the logits after {len(results[number])} new tokens of prompt {number} are not finite: the "
                         f"model computes nothing sensible in {dtype}"
                     )
-                end = next((i for i, token in enumerate(fresh) if token in eos_ids), None)
+                end = next((i for i, token in enumerate(added) if token in eos_ids), None)
                 tokens = results[number]
-                tokens += fresh[:end]
-                total += len(fresh[:end])
+                tokens += added[:end]
+                total += len(added[:end])
                 if end is None and len(tokens) < max_new_tokens:
                     if not (should_stop and should_stop(tokens)):
                         continue
@@ -168,20 +184,68 @@ def generate(
             if on_tokens:
                 on_tokens(total)
 
-    slots = min(slots, 1 << (max(1, len(prompts)) - 1).bit_length())
+    slots = min(-(-slots // replicas), 1 << (max(1, -(-len(prompts) // replicas)) - 1).bit_length())
     while waiting or running:
         try:
-            decode_all(slots)
+            with on(mesh):
+                decode_all(slots)
         except Exception as error:
-            if not is_out_of_memory(error) or slots == 1:
+            # What one process has no memory for, the others go on with.
+            if not is_out_of_memory(error) or slots == 1 or jax.process_count() > 1:
                 raise
             waiting += running.values()
             total -= sum(len(results[number]) for number in running.values())
             running.clear()
             slots //= 2
             if on_out_of_memory:
-                on_out_of_memory(slots)
+                on_out_of_memory(replicas * slots)
     return results
+
+
+class _Prefill:
+    """Runs prompts into a cache, one in each replica, leaving out what is there already."""
+
+    def __init__(self, config: ModelConfig, params: nnx.State[Any, Any], cache: KVCache, mesh: Mesh | None):
+        self.cache = cache
+        self._config, self._params, self._mesh = config, params, mesh
+        replicas = cache.lengths.shape[0]
+        self._held: list[list[Chunk]] = [[] for _ in range(replicas)]  # the chunks in each row of the cache
+        self._filled = np.zeros(replicas, np.int32)
+
+    def run(
+        self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None
+    ) -> Iterator[tuple[list[int], Array]]:
+        """Runs a prompt in each of some replicas.
+
+        Yields:
+          The replicas whose prompt has been run, and the hidden states `[R, D]` of their last tokens.
+        """
+        todo: dict[int, deque[Chunk]] = {}
+        for replica, prompt in prompts.items():
+            parts = chunks(prompt)
+            todo[replica] = deque(parts[_shared(parts[:-1], self._held[replica]) :])
+            self._held[replica] = parts
+            self._filled[replica] = todo[replica][0].start
+        while todo:
+            size = next(iter(todo.values()))[0].tokens.shape[1]
+            now = {r: parts.popleft() for r, parts in todo.items() if parts[0].tokens.shape[1] == size}
+            tokens, counts = np.zeros((len(self._filled), size), np.int32), np.zeros_like(self._filled)
+            for replica, chunk in now.items():
+                tokens[replica], counts[replica] = chunk.tokens[0], chunk.length
+            cache = self.cache.holding(self._filled.copy())
+            placed = place(self._mesh, tokens, "batch", None)
+            hidden, new = extend(self._config, self._params, cache, placed, neuron_masks)
+            self.cache = append(cache, new, counts)
+            self._filled += counts
+            if done := [replica for replica in now if not todo[replica]]:
+                yield done, last_hidden(hidden, np.maximum(counts - 1, 0))
+            todo = {replica: parts for replica, parts in todo.items() if parts}
+
+
+@jax.jit
+def last_hidden(hidden: Array, last: ArrayLike) -> Array:
+    """The hidden states `[R, D]` at `last [R]` of `hidden [R, T, D]`."""
+    return jnp.take_along_axis(hidden, jnp.asarray(last)[:, None, None], axis=1)[:, 0]
 
 
 def slots_for(longest: int) -> int:
@@ -212,72 +276,76 @@ def _shared(parts: Sequence[Chunk], held: Sequence[Chunk]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: same(*pair), zip(parts, held, strict=False)))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_state(config: ModelConfig, slots: int, size: int, dtype: DTypeLike) -> DecodeState:
     """`slots` free slots, each with a cache of `size` tokens."""
     cache = KVCache.empty(config, slots, size, dtype)
-    return DecodeState(cache, *(jnp.zeros((slots,), jnp.int32) for _ in range(3)))
+    return DecodeState(cache, *(constrain(jnp.zeros((slots,), jnp.int32)) for _ in range(3)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def release(state: DecodeState, slot: Array) -> DecodeState:
+def release(state: DecodeState, slot: ArrayLike) -> DecodeState:
     """Ends the sequence in a slot."""
-    lengths = state.cache.lengths.at[slot].set(0)
-    return state._replace(cache=state.cache._replace(lengths=lengths), remaining=state.remaining.at[slot].set(0))
+    lengths = constrain(state.cache.lengths.at[slot].set(0))
+    remaining = constrain(state.remaining.at[slot].set(0))
+    return state._replace(cache=state.cache._replace(lengths=lengths), remaining=remaining)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def admit(
-    graphdef: nnx.GraphDef[Llama],
+    config: ModelConfig,
     params: nnx.State[Any, Any],
     state: DecodeState,
-    prompt: KVCache,
+    prompts: KVCache,
     hidden: Array,
-    length: ArrayLike,
-    slot: ArrayLike,
-    number: ArrayLike,
+    slots: ArrayLike,
+    numbers: ArrayLike,
     max_new_tokens: ArrayLike,
     sampling: Sampling,
 ) -> tuple[DecodeState, Array]:
-    """Puts a prompt into a slot, and chooses the token that follows it; `state` is donated.
+    """Puts prompts into slots, and chooses the tokens that follow them; `state` is donated.
 
     Args:
-      graphdef: of the model.
+      config: of the model.
       params: of the model.
-      state: all slots.
-      prompt: keys and values of the prompt.
-      hidden: `[T, D]`, the hidden states of its last chunk.
-      length: int32, how many of them are of real tokens.
-      slot: int32.
-      number: int32, the number of the prompt.
-      max_new_tokens: int32, how many tokens may follow the prompt.
+      state: all slots; an equal share, in order, belongs to each of R replicas.
+      prompts: keys and values of a prompt in each replica.
+      hidden: `[R, D]`, the hidden states of their last tokens.
+      slots: `[R]` int32, which of the replica's slots takes its prompt; -1 for none.
+      numbers: `[R]` int32, the numbers of the prompts.
+      max_new_tokens: int32, how many tokens may follow a prompt.
       sampling: how to choose.
 
     Returns:
-      The new state, and the chosen token (int32).
+      The new state, and the chosen tokens `[R]` int32.
     """
-    length, slot, number = (jnp.asarray(value, jnp.int32) for value in (length, slot, number))
-    logits = nnx.merge(graphdef, params).logits(jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1))
-    (token,) = choose(logits, sampling, number[None], prompt.lengths)
+    slots, numbers = jnp.asarray(slots, jnp.int32), jnp.asarray(numbers, jnp.int32)
+    token = choose(bind(config, params).logits(hidden), sampling, numbers, prompts.lengths)
     ended = (token == NONSENSE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
     remaining = jnp.where(ended, 0, jnp.asarray(max_new_tokens, jnp.int32) - 1)
 
-    def write(slots: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice(slots, row[:, :, : slots.shape[2]], (slot, 0, 0, 0))
+    def write(layer: Array, prompt: Array, slot: Array) -> Array:
+        prompt = prompt[:, :, : layer.shape[2]]
+        start = (jnp.maximum(slot[0], 0), 0, 0, 0)
+        there = jax.lax.dynamic_slice(layer, start, prompt.shape)
+        return jax.lax.dynamic_update_slice(layer, jnp.where(slot[0] < 0, there, prompt), start)
 
-    filled = jnp.where(remaining > 0, prompt.lengths[0], 0)
-    cache = KVCache(jax.tree.map(write, state.cache.layers, prompt.layers), state.cache.lengths.at[slot].set(filled))
-    state = DecodeState(
-        cache,
-        state.token.at[slot].set(token),
-        state.remaining.at[slot].set(remaining),
-        state.number.at[slot].set(number),
-    )
+    B, R = state.token.shape[0], slots.shape[0]
+    at = jnp.where(slots < 0, B, jnp.arange(R) * (B // R) + slots)  # B is out of range, and dropped
+
+    def put(old: Array, new: Array) -> Array:
+        return constrain(old.at[at].set(new, mode="drop"))
+
+    filled = jnp.where(remaining > 0, prompts.lengths, 0)
+    layers = per_cache_row(write, state.cache.layers, prompts.layers, slots)
+    cache = KVCache(layers, put(state.cache.lengths, filled))
+    state = DecodeState(cache, put(state.token, token), put(state.remaining, remaining), put(state.number, numbers))
     return state, token
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    graphdef: nnx.GraphDef[Llama],
+    config: ModelConfig,
     params: nnx.State[Any, Any],
     state: DecodeState,
     sampling: Sampling,
@@ -290,10 +358,10 @@ def decode(
     Returns:
       The new state, and `[B, STEPS_PER_CALL]` int32 new tokens, -1 where a sequence had already ended.
     """
-    model = nnx.merge(graphdef, params)
+    model = bind(config, params)
     # The large cache is only read within the loop: written there, XLA would copy all of it at every step.
     old, B = state.cache, state.token.shape[0]
-    recent = KVCache.empty(model.config, B, STEPS_PER_CALL, old.layers[0].k.dtype)
+    recent = KVCache.empty(config, B, STEPS_PER_CALL, old.layers[0].k.dtype)
     out = jnp.full((B, STEPS_PER_CALL), -1, jnp.int32)
 
     def step(carry: tuple[Array, Array, Array, KVCache, Array]) -> tuple[Array, Array, Array, KVCache, Array]:
@@ -305,7 +373,7 @@ def decode(
         out = jax.lax.dynamic_update_index_in_dim(out, jnp.where(running, token, -1), i, axis=1)
         ended = (token == NONSENSE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
         remaining = jnp.where(running & ~ended, remaining - 1, 0)
-        return i + 1, token, remaining, recent, out
+        return i + 1, token, remaining, recent, constrain(out)
 
     def running(carry: tuple[Array, Array, Array, KVCache, Array]) -> Array:
         return (carry[0] < STEPS_PER_CALL) & jnp.any(carry[2] > 0)
@@ -314,8 +382,8 @@ def decode(
     _, token, remaining, recent, out = jax.lax.while_loop(running, step, carry)
     cache = old.append(recent.layers, recent.lengths)
     # An ended sequence is not attended to any more, so the others need not wait for its length.
-    cache = cache._replace(lengths=jnp.where(remaining > 0, cache.lengths, 0))
-    return DecodeState(cache, token, remaining, state.number), out
+    cache = cache._replace(lengths=constrain(jnp.where(remaining > 0, cache.lengths, 0)))
+    return DecodeState(cache, token, constrain(remaining), constrain(state.number)), out
 
 
 def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) -> Array:
@@ -330,6 +398,7 @@ def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) 
       positions: `[B]` int32, where each token will stand.
     """
     temperature, top_p = (jnp.asarray(value, jnp.float32) for value in (sampling.temperature, sampling.top_p))
+    logits = constrain(logits, "batch", None)  # a vocabulary that is divided would be sorted piece by piece
 
     def draw() -> Array:
         ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -347,7 +416,7 @@ def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) 
 
     token: Array = jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
     logit = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]  # NaN if any is: argmax takes it for the largest
-    return jnp.where(jnp.isfinite(logit), token, NONSENSE).astype(jnp.int32)
+    return constrain(jnp.where(jnp.isfinite(logit), token, NONSENSE).astype(jnp.int32))
 
 
 def _check(

@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.mesh import mesh_of, on
 from gluprune_jax.model import Llama, ModelConfig
+from gluprune_jax.sharding import constrain
 
 Criterion = Callable[[Array, Array], Array]
 
@@ -146,7 +149,8 @@ def score(
 
     Args:
       model: the model; storage padding (`width_multiple`) is not scored.
-      criterion: a name in `CRITERIA`, or a function `(gate [F, D], up [F, D]) -> [F]`.
+      criterion: a name in `CRITERIA`, or a function `(gate [F, D], up [F, D]) -> [F]` that scores each neuron by its
+        own rows.
       weights: the MLP matrices of each layer, if they are not to be taken from `model` (which may then be abstract):
         a layer's are asked for when those before have been scored.
       on_layer: called with the index of each layer once it is scored, for progress.
@@ -162,17 +166,19 @@ def score(
     else:
         name, function = getattr(criterion, "__name__", repr(criterion)), criterion
 
-    digest = hashlib.sha256()
+    mesh, digest = mesh_of(model), hashlib.sha256()
     values, dtypes = [], set()
     matrices = mlp_weights(model) if weights is None else weights
     for i, (mlp, width) in enumerate(zip(matrices, model.config.intermediate_sizes, strict=True)):
-        _digest_layer(digest, i, mlp, width)
-        layer_scores = np.asarray(score_layer(function, width, mlp.gate_proj, mlp.up_proj))
-        if layer_scores.shape != (width,) or not np.isfinite(layer_scores).all():
+        _digest_layer(digest, i, mlp, width, mesh)
+        with on(mesh):
+            layer_scores = np.asarray(score_layer(function, mlp.gate_proj, mlp.up_proj))
+        stored = mlp.gate_proj.shape[0]
+        if layer_scores.shape != (stored,) or not np.isfinite(layer_scores[:width]).all():
             raise OperationError(
-                f"criterion {name!r} gave layer {i} scores of shape {layer_scores.shape}, not {width} finite numbers"
+                f"criterion {name!r} gave layer {i} scores of shape {layer_scores.shape}, not {stored} finite numbers"
             )
-        values.append(layer_scores.astype(np.float32))
+        values.append(layer_scores[:width].astype(np.float32))
         dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
         if on_layer:
             on_layer(i)
@@ -205,36 +211,40 @@ def fingerprint(
     Raises:
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
-    digest = hashlib.sha256()
+    mesh, digest = mesh_of(model), hashlib.sha256()
     matrices = mlp_weights(model) if weights is None else weights
     for i, (mlp, width) in enumerate(zip(matrices, model.config.intermediate_sizes, strict=True)):
-        _digest_layer(digest, i, mlp, width)
+        _digest_layer(digest, i, mlp, width, mesh)
         if on_layer:
             on_layer(i)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLPWeights, width: int) -> None:
-    finite, extents = mlp_extents(width, *mlp)
+def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLPWeights, width: int, mesh: Mesh | None) -> None:
+    with on(mesh):
+        finite, extents = mlp_extents(*mlp)
     if not all(np.asarray(finite)):
         bad = [name for name, ok in zip(mlp._fields, np.asarray(finite), strict=True) if not ok]
         raise OperationError(f"layer {i} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked")
-    digest.update(np.asarray(extents, "<f4").tobytes())
+    digest.update(np.asarray(extents, "<f4")[:, :width].tobytes())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def score_layer(function: Criterion, width: int, gate: Array, up: Array) -> Array:
-    """The scores `[width]` of the first `width` neurons: what comes after them is storage padding."""
-    return function(gate[:width], up[:width])
+# Padding neurons are scored like others and cut off on the host: cut off here, divided weights would have to move.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def mlp_extents(width: int, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
-    """Whether each matrix is finite, `[3]`; the peak-to-peak magnitudes of its neurons, `[3, width]` float32."""
+def score_layer(function: Criterion, gate: Array, up: Array) -> Array:
+    """The scores `[F]` of a layer's neurons as stored, whole on every device; each device scores its own neurons."""
+    return constrain(function(gate, up))
+
+
+@jax.jit
+def mlp_extents(gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+    """Whether each matrix is finite, `[3]`; the peak-to-peak magnitudes of its neurons, `[3, F]` float32."""
     # Whether a matrix is finite is asked of the weights themselves: a float32 maximum may drop a NaN.
-    gate, up, down = gate[:width], up[:width], down[:, :width]
     finite = jnp.stack([jnp.isfinite(w).all() for w in (gate, up, down)])
-    return finite, jnp.stack([peak_to_peak(gate), peak_to_peak(up), peak_to_peak(down, axis=0)])
+    extents = jnp.stack([peak_to_peak(gate), peak_to_peak(up), peak_to_peak(down, axis=0)])
+    return constrain(finite), constrain(extents)
 
 
 # ------------------------------------------------------------------------------------------------ selection

@@ -9,19 +9,21 @@ G = N / K, H head dim, V vocabulary.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
 from gluprune_jax.attention import KEY_BLOCK, causal_attention
 from gluprune_jax.errors import RequestError
+from gluprune_jax.sharding import CACHE_AXES, RULES, constrain, per_shard
 
 # --------------------------------------------------------------------------------------------------- config
 
@@ -214,7 +216,9 @@ class Attention(nnx.Module):
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         B, T, N, H = q.shape
         K = k.shape[2]
-        out = causal_attention(q.reshape(B, T, K, N // K, H), k, v, subtree_ends, caches)
+        q = constrain(q.reshape(B, T, K, N // K, H), "batch", None, "kv_heads", "query_group", None)
+        k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
+        out = causal_attention(q, k, v, subtree_ends, caches)
         attended = project(out.reshape(B, T, N * H), self.o_proj[...].reshape(-1, N * H))
         return attended, LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
@@ -268,13 +272,13 @@ class Llama(nnx.Module):
     Activations take the dtype of the embedding; every other weight is cast to it where it is used, so a
     checkpoint of mixed dtypes runs as it is stored. Weights are drawn from `rngs`, or zero where it is None.
 
-    Compiled code splits the module once and jits a pure function over its state:
+    Compiled code is pure functions over the module's state, with its config as a static argument:
 
-        graphdef, state = nnx.split(model)
+        params = nnx.state(model, nnx.Param)
 
         @functools.partial(jax.jit, static_argnums=0)
-        def forward(graphdef, state, tokens):
-            model = nnx.merge(graphdef, state)
+        def forward(config, params, tokens):
+            model = bind(config, params)
             hidden, _ = model(tokens)
             return model.logits(hidden)
     """
@@ -300,8 +304,8 @@ class Llama(nnx.Module):
         Args:
           tokens: `[B, T]` int32.
           positions: `[B, T]` int32; default 0..T-1, counted from what the caches hold.
-          caches: keys and values of the tokens that came before, which all `tokens` see; of each row, or with a batch
-            of 1 shared by all. They are not changed: see `KVCache.append`.
+          caches: keys and values of the tokens that came before, which all `tokens` see; with fewer rows than
+            `tokens` each is that of as many neighbours. They are not changed: see `KVCache.append`.
           subtree_ends: `[B, T]` int32 where a row holds a forest of sequences (see `causal_attention`); then
             `positions` are the depths of the tokens in it.
           neuron_masks: for each layer `[F]`, 1 keeps a neuron and 0 removes it. An array, so that every pruning
@@ -313,10 +317,10 @@ class Llama(nnx.Module):
         """
         if positions is None:
             start = sum((cache.lengths for cache in caches), start=jnp.zeros((1,), jnp.int32))
+            start = jnp.repeat(start, tokens.shape[0] // start.shape[0])
             positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            positions = jnp.broadcast_to(positions, tokens.shape)
         frequencies = rope_frequencies(self.config)
-        x = self.embed_tokens[...][tokens]
+        x = constrain(self.embed_tokens[...][tokens], "batch", None, None)
         new = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
@@ -350,6 +354,16 @@ def _abstract_parts(config: ModelConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef
     return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=None, dtype=dtype)))
 
 
+def bind(config: ModelConfig, params: nnx.State[Any, Any]) -> Llama:
+    """The model of this architecture with these parameters: within compiled code, whose arguments they are.
+
+    The config is a cheap static argument; `nnx.GraphDef` takes milliseconds to hash.
+    """
+    graphdef, _ = _abstract_parts(config, jnp.dtype(jnp.float32))
+    model: Llama = nnx.merge(graphdef, params)
+    return model
+
+
 # ---------------------------------------------------------------------------------------------------- cache
 
 
@@ -364,7 +378,7 @@ LayerView = tuple[Array, Array, Array]  # keys, values, and how many slots of ea
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers.
+    """Keys and values of all layers. On a mesh, B is a multiple of its replicas.
 
     Attributes:
       layers: `S` slots a row, of which the first `lengths` are filled.
@@ -374,29 +388,67 @@ class KVCache(NamedTuple):
     layers: tuple[LayerCache, ...]
     lengths: Array
 
-    def holding(self, length: int) -> "KVCache":
-        """The same slots, of which the first `length` of each row count as filled."""
-        return self._replace(lengths=jnp.asarray(np.full(self.lengths.shape, length, np.int32)))
-
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
         """A zeroed cache of `slots` a row; a multiple of `attention.KEY_BLOCK`, or less than that."""
         if slots > KEY_BLOCK and slots % KEY_BLOCK:
             raise ValueError(f"a cache of {slots} slots; above {KEY_BLOCK} it must be a multiple of it")
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-        layers = (LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
-        return cls(tuple(layers), jnp.zeros((batch,), jnp.int32))
+        empty: KVCache = _empty_cache(config, batch, slots, jnp.dtype(dtype))
+        return empty
 
-    def append(self, new: tuple[LayerCache, ...], counts: Array) -> "KVCache":
+    def holding(self, lengths: NDArray[np.int32]) -> "KVCache":
+        """The same slots, of which the first `lengths [B]` of each row count as filled."""
+        # NumPy's array, which jit puts wherever the slots are.
+        return self._replace(lengths=cast("Array", lengths))
+
+    def append(self, new: tuple[LayerCache, ...], counts: ArrayLike) -> "KVCache":
         """Puts T new tokens behind those of each row, of which the first `counts [B]` are real.
 
         There must be room for all T: where `lengths + T` exceeds the slots, filled ones are overwritten.
         """
 
-        def write(slots: Array, fresh: Array) -> Array:
+        def write(slots: Array, fresh: Array, lengths: Array) -> Array:
             fresh = fresh.astype(slots.dtype)
             if slots.shape[0] == 1:
-                return jax.lax.dynamic_update_slice_in_dim(slots, fresh, self.lengths[0], axis=2)
-            return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, self.lengths)
+                return jax.lax.dynamic_update_slice_in_dim(slots, fresh, lengths[0], axis=2)
+            return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, lengths)
 
-        return KVCache(jax.tree.map(write, self.layers, new), self.lengths + counts)
+        layers = per_cache_row(write, self.layers, new, self.lengths)
+        return KVCache(layers, constrain(self.lengths + jnp.asarray(counts)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+
+    def zeros() -> Array:
+        return constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
+
+    layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers))
+    return KVCache(layers, constrain(jnp.zeros((batch,), jnp.int32)))
+
+
+def per_cache_row(
+    function: Callable[[Array, Array, Array], Array],
+    layers: tuple[LayerCache, ...],
+    others: tuple[LayerCache, ...],
+    indices: ArrayLike,
+) -> tuple[LayerCache, ...]:
+    """Within compiled code, maps `function(slots, other, indices)` over caches, on each device for its own rows.
+
+    Divided caches that are written at indices which differ between rows would be gathered first.
+
+    Args:
+      function: of arrays `[B, K, S, H]`, `[C, K, T, H]` and `[C]` of one device, giving new slots.
+      layers: the slots.
+      others: what goes into them.
+      indices: `[C]` int32.
+    """
+    axes = (CACHE_AXES[:2], CACHE_AXES[:2], CACHE_AXES[:1])
+    specs = tuple(PartitionSpec(*(RULES[axis] for axis in names)) for names in axes)  # type: ignore[no-untyped-call]
+
+    def every(layers: Any, others: Any, indices: Array) -> Any:
+        return jax.tree.map(lambda slots, other: function(slots, other, indices), layers, others)
+
+    result: tuple[LayerCache, ...] = per_shard(every, specs, specs[0])(layers, others, jnp.asarray(indices))
+    return result

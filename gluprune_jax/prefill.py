@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from gluprune_jax.attention import KEY_BLOCK
-from gluprune_jax.model import KVCache, LayerCache, Llama
+from gluprune_jax.model import KVCache, LayerCache, ModelConfig, bind
 
 # A sequence is run in chunks of the larger size, and its rest in smaller ones.
 CHUNKS = (128, 512)
@@ -68,19 +68,20 @@ def chunks(tokens: Sequence[int] | NDArray[np.int32]) -> list[Chunk]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def extend(
-    graphdef: nnx.GraphDef[Llama],
+    config: ModelConfig,
     params: nnx.State[Any, Any],
     cache: KVCache,
     tokens: ArrayLike,
     neuron_masks: tuple[ArrayLike, ...] | None,
 ) -> tuple[Array, tuple[LayerCache, ...]]:
-    """Hidden states `[T, D]` of `tokens [1, T]` behind those in `cache`, and their keys and values for `append`."""
-    model = nnx.merge(graphdef, params)
-    hidden, new = model(jnp.asarray(tokens), caches=[cache], neuron_masks=neuron_masks)
-    return hidden[0], new
+    """Hidden states `[R, T, D]` of `tokens [R, T]` behind those in `cache`, and their keys and values for `append`.
+
+    R is the number of replicas of the mesh: each runs another sequence.
+    """
+    return bind(config, params)(jnp.asarray(tokens), caches=[cache], neuron_masks=neuron_masks)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def append(cache: KVCache, new: tuple[LayerCache, ...], counts: Array) -> KVCache:
+def append(cache: KVCache, new: tuple[LayerCache, ...], counts: ArrayLike) -> KVCache:
     """`KVCache.append` in place: within `extend`, which reads the cache in a loop, XLA would copy it first."""
     return cache.append(new, counts)

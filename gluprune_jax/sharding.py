@@ -46,6 +46,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "down_proj": (None, "neurons"),
     "weight": (None,),  # of the norms
 }
+# Of keys and values, [B, K, S, H].
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,13 +70,18 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) 
     return PartitionSpec(*parts)  # type: ignore[no-untyped-call]
 
 
+def is_divided() -> bool:
+    """Whether a mesh of ours is the current one."""
+    return jax.sharding.get_abstract_mesh().axis_names == MESH_AXES
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Within compiled code, says how an array is divided; `x` itself where no mesh is current.
 
     An array with no named axis is whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not is_divided():
         return x
     axes = axes or (None,) * x.ndim
     spec = partition_spec(axes, x.shape, mesh)
@@ -92,7 +98,6 @@ def per_shard(function: F, in_specs: Any, out_specs: Any) -> F:
       in_specs: a `PartitionSpec` of mesh axes for each argument, as in `jax.shard_map`.
       out_specs: of the results.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not is_divided():
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

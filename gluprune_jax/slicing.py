@@ -2,6 +2,10 @@
 
 The sliced model is the same function as the dense one under the plan's mask (`PruningPlan.masks`), up to the order
 of summation.
+
+On a mesh, where each device has a part of the neurons, matrices are first divided along the hidden size instead: every
+device then takes the kept neurons of its part, and the result is divided along the neurons again, in equal shares.
+Weights move twice, and no device ever holds a whole matrix.
 """
 
 import dataclasses
@@ -12,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
+from gluprune_jax.errors import RequestError
+from gluprune_jax.mesh import mesh_of, on, shape_of
 from gluprune_jax.model import Llama, abstract_model
 from gluprune_jax.plan import PruningPlan
+from gluprune_jax.sharding import RULES, is_divided, per_shard
 
 NEURON_AXES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 
@@ -26,19 +34,26 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
     Args:
       model: the dense model.
       plan: made for this model; only its shape is checked here (see `PruningPlan.check_fits`).
-      width_multiple: zero-pads the stored arrays to a multiple of this (default: as in `model`).
+      width_multiple: zero-pads the stored arrays to a multiple of this (default: as in `model`). On a mesh it is a
+        multiple of the devices of a replica.
       donate: frees each MLP matrix of `model` once it is sliced; the largest one is then all the extra memory that
         slicing needs, and `model` can no longer be used.
 
     Raises:
-      RequestError: the plan was made for a model of another shape.
+      RequestError: the plan was made for a model of another shape, or the width multiple does not divide over the mesh.
     """
     plan.check_fits(model.config)
+    mesh = mesh_of(model)
     config = dataclasses.replace(
         model.config,
         intermediate_sizes=plan.widths,
         width_multiple=model.config.width_multiple if width_multiple is None else width_multiple,
     )
+    if config.width_multiple % shape_of(mesh).model:
+        raise RequestError(
+            f"the width multiple is {config.width_multiple}; the neurons are divided over {shape_of(mesh).model} "
+            f"devices, so it must be a multiple of that"
+        )
     graphdef, state = nnx.split(abstract_model(config))
     arrays = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     for i, (kept, stored) in enumerate(zip(plan.kept, config.stored_intermediate_sizes, strict=True)):
@@ -47,7 +62,8 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
             continue
         for name, axis in NEURON_AXES.items():
             path = ("layers", i, "mlp", name)
-            dense, arrays[path] = arrays[path], slice_neurons(axis, stored - len(kept), arrays[path], kept)
+            with on(mesh):
+                dense, arrays[path] = arrays[path], slice_neurons(axis, stored - len(kept), arrays[path], kept)
             if donate:
                 # Else the slices of all layers would be allocated before the first dense array is free.
                 arrays[path].block_until_ready()
@@ -60,5 +76,20 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def slice_neurons(axis: int, padding: int, w: Array, kept: NDArray[np.int32]) -> Array:
     """The neurons `kept` of a matrix along `axis`, and after them `padding` neurons of zeros."""
-    taken = jnp.take(w, kept, axis=axis, mode="clip")
-    return jnp.pad(taken, [(0, padding if a == axis else 0) for a in range(w.ndim)])
+    devices, other = RULES["neurons"], 1 - axis
+
+    def take(w: Array, kept: Array) -> Array:
+        taken = jnp.take(w, kept, axis=axis, mode="clip")
+        return jnp.pad(taken, [(0, padding if a == axis else 0) for a in range(w.ndim)])
+
+    def exchange(w: Array, kept: Array) -> Array:
+        size = w.shape[other]
+        w = jnp.pad(w, [(0, -size % jax.lax.axis_size(devices) if a == other else 0) for a in range(w.ndim)])
+        w = jax.lax.all_to_all(w, devices, split_axis=other, concat_axis=axis, tiled=True)  # type: ignore[no-untyped-call]
+        w = jax.lax.all_to_all(take(w, kept), devices, split_axis=axis, concat_axis=other, tiled=True)  # type: ignore[no-untyped-call]
+        return jax.lax.slice_in_dim(w, 0, size, axis=other)
+
+    if not is_divided():
+        return take(w, jnp.asarray(kept))
+    neurons = PartitionSpec(*(devices if a == axis else None for a in range(w.ndim)))  # type: ignore[no-untyped-call]
+    return per_shard(exchange, (neurons, PartitionSpec()), neurons)(w, jnp.asarray(kept))  # type: ignore[no-untyped-call]

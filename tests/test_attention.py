@@ -22,7 +22,7 @@ from convert.hf_config import read_config
 from gluprune_jax import attention
 from gluprune_jax.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, causal_attention
 from gluprune_jax.generation import Sampling, decode, empty_state
-from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model
+from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model, bind
 from gluprune_jax.prefill import extend
 
 B, K, G, H = 2, 2, 3, 8
@@ -319,8 +319,8 @@ LLAMA_3_2_1B = ModelConfig(
 TINY, _ = read_config(hf_config())
 
 
-def last_logits(graphdef: Any, state: Any, tokens: Any) -> Any:
-    model = nnx.merge(graphdef, state)
+def last_logits(config: ModelConfig, state: Any, tokens: Any) -> Any:
+    model = bind(config, state)
     return model.logits(model(tokens)[0][:, -1])
 
 
@@ -330,16 +330,16 @@ def tokens_like(T: int) -> jax.ShapeDtypeStruct:
 
 def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> int:
     """Elements of the largest array that a program computes over a text of T tokens."""
-    graphdef, state = nnx.split(abstract_model(config))
+    state = nnx.state(abstract_model(config), nnx.Param)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     decoding = jax.eval_shape(lambda: empty_state(config, 1, -(-T // KEY_BLOCK) * KEY_BLOCK, jnp.float32))
     sampling = Sampling(jax.ShapeDtypeStruct((8,), jnp.int32), *(jax.ShapeDtypeStruct((), jnp.float32),) * 2, number)
     functions: dict[str, Callable[[], Any]] = {
-        "forward": lambda: jax.make_jaxpr(functools.partial(last_logits, graphdef))(state, tokens_like(T)),
-        "extend": lambda: jax.make_jaxpr(functools.partial(extend, graphdef))(
+        "forward": lambda: jax.make_jaxpr(functools.partial(last_logits, config))(state, tokens_like(T)),
+        "extend": lambda: jax.make_jaxpr(functools.partial(extend, config))(
             state, decoding.cache, tokens_like(T), None
         ),
-        "decode": lambda: jax.make_jaxpr(functools.partial(decode, graphdef))(state, decoding, sampling, None),
+        "decode": lambda: jax.make_jaxpr(functools.partial(decode, config))(state, decoding, sampling, None),
     }
     return max(sizes(functions[program]().jaxpr))
 
@@ -362,10 +362,10 @@ def test_eight_thousand_tokens_form_no_square_array() -> None:
 
 
 def test_compiled_memory_grows_with_the_length_not_its_square() -> None:
-    graphdef, state = nnx.split(abstract_model(TINY))
+    state = nnx.state(abstract_model(TINY), nnx.Param)
     compiled = jax.jit(last_logits, static_argnums=0)
     temporary = [
-        compiled.lower(graphdef, state, tokens_like(T)).compile().memory_analysis().temp_size_in_bytes
+        compiled.lower(TINY, state, tokens_like(T)).compile().memory_analysis().temp_size_in_bytes
         for T in (8000, 16000)
     ]
     assert temporary[0] < 8000 * 8000 * 4

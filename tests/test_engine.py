@@ -459,10 +459,10 @@ def test_a_bad_prefix_token_is_refused(model: Llama) -> None:
 
 def test_of_equal_logits_the_first_is_greedy(model: Llama) -> None:
     """Hidden states of zeros make all logits equal."""
-    graphdef, params = nnx.split(model)
-    hidden, targets = jnp.zeros((3, model.config.hidden_size)), np.array([0, 1, 96])
-    values, is_greedy = score_tokens(graphdef, params, hidden, np.arange(3), targets)
-    assert np.asarray(is_greedy).tolist() == [True, False, False]
+    hidden, targets = jnp.zeros((1, 3, model.config.hidden_size)), np.array([[0, 1, 96]])
+    params = nnx.state(model, nnx.Param)
+    values, is_greedy = score_tokens(model.config, params, hidden, np.arange(3)[None], targets)
+    assert np.asarray(is_greedy).tolist() == [[True, False, False]]
     np.testing.assert_allclose(values, -math.log(97), rtol=1e-6)
 
 
@@ -471,14 +471,14 @@ def test_a_document_as_long_as_a_large_window_forms_no_square_array(model: Llama
     """Neither traced nor compiled: nothing but the cache itself grows with the window, and it is not copied."""
     slots = window + 512
     config = dataclasses.replace(model.config, max_position_embeddings=window)
-    graphdef, params = nnx.split(abstract_model(config))
+    params = nnx.state(abstract_model(config), nnx.Param)
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots, jnp.float32))
     masks = tuple(jax.ShapeDtypeStruct((80,), jnp.float32) for _ in range(2))
     arguments = params, cache, jax.ShapeDtypeStruct((1, 512), jnp.int32), masks
     square_of_a_row = config.num_attention_heads * 512 * 512
-    largest = max(sizes(jax.make_jaxpr(functools.partial(extend, graphdef))(*arguments).jaxpr))
+    largest = max(sizes(jax.make_jaxpr(functools.partial(extend, config))(*arguments).jaxpr))
     assert largest <= max(cache.layers[0].k.size, square_of_a_row)
-    memory = extend.lower(graphdef, *arguments).compile().memory_analysis()
+    memory = extend.lower(config, *arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 4 * square_of_a_row
 
 

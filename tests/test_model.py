@@ -323,7 +323,7 @@ def test_a_cache_may_be_cut_back(model: Llama) -> None:
     run = functools.partial(append, *nnx.split(model))
     _, cache = run(TOKENS[:1], np.array([LENGTH]), KVCache.empty(model.config, 1, 256, jnp.float32))
     changed = np.concatenate([TOKENS[:1, :50], TOKENS[1:, 50:80]], axis=1)
-    logits, cache = run(changed[:, 50:], np.array([30]), cache.holding(50))
+    logits, cache = run(changed[:, 50:], np.array([30]), cache.holding(np.array([50], np.int32)))
     np.testing.assert_allclose(logits, logits_of(model, changed)[:, 50:], rtol=0, atol=1e-5)
     assert cache.lengths.tolist() == [80]
 
