@@ -383,7 +383,7 @@ def decode(
     cache = old.append(recent.layers, recent.lengths)
     # An ended sequence is not attended to any more, so the others need not wait for its length.
     cache = cache._replace(lengths=constrain(jnp.where(remaining > 0, cache.lengths, 0)))
-    return DecodeState(cache, token, constrain(remaining), constrain(state.number)), out
+    return DecodeState(cache, constrain(token), constrain(remaining), constrain(state.number)), constrain(out)
 
 
 def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) -> Array:

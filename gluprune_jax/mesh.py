@@ -127,7 +127,9 @@ def to_host(array: Array) -> NDArray[Any]:
 
 
 def shard_model(model: Llama, mesh: Mesh) -> Llama:
-    """A model in memory, moved onto a mesh; its MLPs are padded to a multiple of the devices of a replica.
+    """A model in memory, put onto a mesh; its MLPs are padded to a multiple of the devices of a replica.
+
+    Where a device of the mesh has an array already, both models share it.
 
     Args:
       model: on any devices of this process.
