@@ -8,14 +8,19 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from convert.names import TensorName, tensor_names
 from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import MLPWeights, mlp_weights
+from gluprune_jax.mesh import shape_of
 from gluprune_jax.model import Llama, ModelConfig, abstract_model
 from gluprune_jax.plan import PruningPlan
 from gluprune_jax.slicing import slice_model
+
+# Chooses the mesh for a model of an architecture whose weights take so many bytes; None is the default device.
+MeshChoice = Callable[[ModelConfig, int], Mesh | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,12 @@ def cast(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
 def too_large(name: str, dtype: np.dtype[Any]) -> RequestError:
     """The refusal of a cast."""
     return RequestError(f"{name} holds values too large for {dtype}; accepted: a dtype of wider range")
+
+
+def choose_mesh(choice: MeshChoice | None, config: ModelConfig, nbytes: int) -> tuple[Mesh | None, ModelConfig]:
+    """The mesh for a model, and its config with the storage padding that this mesh asks for."""
+    mesh = choice(config, nbytes) if choice else None
+    return mesh, dataclasses.replace(config, width_multiple=shape_of(mesh).model)
 
 
 def abstract_weights(config: ModelConfig, dtypes: Mapping[str, Any]) -> Llama:

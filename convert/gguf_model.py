@@ -20,10 +20,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
-from convert.checkpoint import Checkpoint, build_model, cast, parameter_shapes
+from convert import shards
+from convert.checkpoint import Checkpoint, MeshChoice, build_model, cast, choose_mesh, parameter_shapes
 from convert.gguf_tokenizer import special_token_ids, token_id, tokenizer_assets
 from convert.names import tensor_names
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
+from gluprune_jax.mesh import parameter_sharding
 from gluprune_jax.model import Llama3Rope, ModelConfig, rope_frequencies
 
 Progress = Callable[[str, int, int], None]
@@ -64,7 +66,12 @@ _NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 _INERT_KEYS = frozenset({"rope.scaling.finetuned", "rope.scaling.original_context_length"})
 
 
-def read_gguf(path: pathlib.Path, dtype: np.dtype[Any] | None = None, progress: Progress | None = None) -> Checkpoint:
+def read_gguf(
+    path: pathlib.Path,
+    dtype: np.dtype[Any] | None = None,
+    progress: Progress | None = None,
+    mesh: MeshChoice | None = None,
+) -> Checkpoint:
     """Reads a GGUF file of the llama architecture.
 
     Args:
@@ -72,6 +79,8 @@ def read_gguf(path: pathlib.Path, dtype: np.dtype[Any] | None = None, progress: 
       dtype: what every tensor is cast to. None keeps float32, float16 and bfloat16 tensors bit for bit, and
         turns quantised ones into float32.
       progress: called after each tensor with a description and the bytes of the file read so far and in all.
+      mesh: chooses the mesh that the weights are spread over, tensor by tensor; by default all of them go to the
+        default device.
 
     Returns:
       The model with its tokenizer and generation config as assets. Biases, experts, and any RoPE scaling other
@@ -83,12 +92,14 @@ def read_gguf(path: pathlib.Path, dtype: np.dtype[Any] | None = None, progress: 
         or not finite.
     """
     try:
-        return _read(path, dtype, progress)
+        return _read(path, dtype, progress, mesh)
     except GlupruneError as error:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _read(path: pathlib.Path, dtype: np.dtype[Any] | None, progress: Progress | None) -> Checkpoint:
+def _read(
+    path: pathlib.Path, dtype: np.dtype[Any] | None, progress: Progress | None, mesh: MeshChoice | None
+) -> Checkpoint:
     fields, tensors = _open(path)
     _check_keys(fields)
     _check_types(tensors)
@@ -98,24 +109,32 @@ def _read(path: pathlib.Path, dtype: np.dtype[Any] | None, progress: Progress | 
         notes.append("output.weight is identical to token_embd.weight, so the embeddings were taken as tied")
     _check_tensors(config, tensors)
 
-    shapes = parameter_shapes(config)
     wanted = [(name, tensors[name.gguf]) for name in tensor_names(config)]
+    in_memory = sum(int(tensor.n_elements) * (dtype or _dtype(tensor)).itemsize for _, tensor in wanted)
+    chosen, config = choose_mesh(mesh, config, in_memory)
+    logical = parameter_shapes(dataclasses.replace(config, width_multiple=1))
+    stored = parameter_shapes(config)
     total = sum(int(tensor.n_bytes) for _, tensor in wanted)
     done = 0
     arrays: dict[str, Array] = {}
     for name, tensor in wanted:
         values = _values(tensor, dtype)
         if name.path[-1] in ("q_proj", "k_proj"):
-            heads, head_dim, _ = shapes[name.hf].shape
+            heads, head_dim, _ = logical[name.hf].shape
             values = _undo_permutation(values, heads, head_dim)
-        arrays[name.hf] = jax.device_put(np.ascontiguousarray(values.reshape(shapes[name.hf].shape)))
+        values = np.ascontiguousarray(values.reshape(logical[name.hf].shape))
+        if chosen is None:
+            arrays[name.hf] = jax.device_put(values)
+        else:
+            shape = stored[name.hf].shape
+            arrays[name.hf] = shards.place(values, shape, parameter_sharding(chosen, name.path, shape))
         done += int(tensor.n_bytes)
         if progress is not None:
             progress("reading GGUF", done, total)
 
-    stored = Counter(tensor.tensor_type for _, tensor in wanted)
-    counts = ", ".join(f"{count} {kind.name}" for kind, count in stored.most_common())
-    quantized = any(kind in _QUANTIZED_TYPES for kind in stored)
+    types = Counter(tensor.tensor_type for _, tensor in wanted)
+    counts = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
+    quantized = any(kind in _QUANTIZED_TYPES for kind in types)
     became = f", all cast to {dtype}" if dtype else ", the quantised ones now float32" if quantized else ""
     notes.append(f"tensors in the file: {counts}{became}")
 
@@ -345,6 +364,15 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, Any]) -> None:
     found = [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
     if found:
         raise OperationError(f"the tensors do not fit the config; {'; '.join(found)}")
+
+
+def _dtype(tensor: Any) -> np.dtype[Any]:
+    """What the values of a tensor become in memory, if they are not cast."""
+    kept: dict[Any, np.dtype[Any]] = {
+        GGMLType.F16: np.dtype(np.float16),
+        GGMLType.BF16: np.dtype(ml_dtypes.bfloat16),
+    }
+    return kept.get(tensor.tensor_type, np.dtype(np.float32))
 
 
 def _values(tensor: Any, dtype: np.dtype[Any] | None) -> np.ndarray:

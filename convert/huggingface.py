@@ -7,27 +7,42 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from convert.checkpoint import Checkpoint, abstract_weights, build_model, cast, model_arrays
+from convert import shards
+from convert.checkpoint import (
+    Checkpoint,
+    MeshChoice,
+    abstract_weights,
+    build_model,
+    cast,
+    choose_mesh,
+    model_arrays,
+    parameter_shapes,
+)
 from convert.hf_config import accepted_without_effect, read_config, write_config
 from convert.names import TensorName, tensor_names
 from convert.safetensors_files import (
     StoredTensor,
+    hold_the_same,
     index_folder,
     layout,
     read_ahead,
     read_tensor,
+    write_order,
     write_tensors,
 )
+from gluprune_jax.distributed import is_main
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import MLPWeights
+from gluprune_jax.mesh import is_local, parameter_sharding, to_host
 from gluprune_jax.model import ModelConfig
 from gluprune_jax.plan import PruningPlan
 from gluprune_jax.slicing import slice_neurons
@@ -124,17 +139,25 @@ class StreamedCheckpoint(Checkpoint):
         model = abstract_weights(config, self._dtypes())
         return dataclasses.replace(self, model=model, kept=kept, history=(*self.history, self.record(plan)))
 
-    def load(self, progress: Progress | None = None) -> Checkpoint:
+    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> Checkpoint:
         """Reads everything into a model that runs.
+
+        Args:
+          progress: called with what is being done, the bytes done and the bytes in all.
+          mesh: chooses the mesh that the weights are spread over, each process reading only the parts of its own
+            devices; by default all of them go to the default device.
 
         Raises:
           OperationError: the files cannot be read; NaN or Inf.
         """
         names = {name.hf: name for name in tensor_names(self.config)}
+        nbytes = sum(array.size * array.dtype.itemsize for _, array in model_arrays(self.model))
+        chosen, config = choose_mesh(mesh, self.config, nbytes)
+        read = self.array if chosen is None else self._reader(chosen, config)
         total, done = sum(tensor.nbytes for tensor in self.stored.values()), 0
         arrays = {}
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            futures = {pool.submit(self.array, name): hf for hf, name in names.items()}
+            futures = {pool.submit(read, name): hf for hf, name in names.items()}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     hf = futures[future]
@@ -146,7 +169,20 @@ class StreamedCheckpoint(Checkpoint):
                 pool.shutdown(cancel_futures=True)
                 raise
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Checkpoint)}
-        return Checkpoint(**fields | {"model": build_model(self.config, arrays)})
+        return Checkpoint(**fields | {"model": build_model(config, arrays)})
+
+    def _reader(self, mesh: Mesh, config: ModelConfig) -> Callable[[TensorName], jax.Array]:
+        """Reads tensors onto a mesh."""
+        shapes = {hf: leaf.shape for hf, leaf in parameter_shapes(config).items()}
+
+        def read(name: TensorName) -> jax.Array:
+            shape = shapes[name.hf]
+            sharding = parameter_sharding(mesh, name.path, shape)
+            if name.neuron_axis is not None and self.kept is not None:
+                return shards.place(np.asarray(self.array(name)), shape, sharding)
+            return shards.read_parameter(self.stored[name.hf], name, shape, sharding, self.dtype)
+
+        return read
 
     def _dtypes(self) -> dict[str, np.dtype[Any]]:
         return {hf: self.dtype or tensor.dtype for hf, tensor in self.stored.items()}
@@ -160,10 +196,7 @@ class StreamedCheckpoint(Checkpoint):
             return values
         real, padding = np.split(values, [width], axis=name.neuron_axis)
         if np.any(padding):
-            raise OperationError(
-                f"{self.stored[name.hf].file}: tensor {name.hf} has weights beyond neuron {width - 1}, where "
-                f"config.json (gluprune.intermediate_sizes) says that there is only padding"
-            )
+            raise shards.beyond_the_neurons(self.stored[name.hf], name.hf, width)
         return np.ascontiguousarray(real)
 
 
@@ -210,6 +243,8 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
     Storage padding is stripped. Where layers differ in width, narrower ones are zero-padded to the widest, because
     a Hugging Face config holds one `intermediate_size`.
 
+    Call it on every process: all of them gather what is spread over them, tensor by tensor, and the first one writes.
+
     Raises:
       OperationError: the disk refuses.
     """
@@ -219,9 +254,12 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
     dtypes = {name.hf: array.dtype for name, array in model_arrays(checkpoint.model)}
     tensors = {hf: (dtypes[hf], _file_shape(name, widest)) for hf, name in names.items()}
     sizes = {hf: math.prod(shape) * dtype.itemsize for hf, (dtype, shape) in tensors.items()}
-    files = layout(sizes, MAX_SHARD_BYTES)
+    files = _name_files(layout(sizes, MAX_SHARD_BYTES))
     total, done = sum(sizes.values()), 0
-    weight_map: dict[str, str] = {}
+    parts = {file: {hf: tensors[hf] for hf in members} for file, members in files.items()}
+    # What is spread over processes is gathered by all of them, on their main threads and in the same order.
+    spread = any(isinstance(a, jax.Array) and not is_local(a) for _, a in model_arrays(checkpoint.model))
+    remaining = dict.fromkeys(hf for part in parts.values() for hf in write_order(part))
 
     def written(nbytes: int) -> None:
         nonlocal done
@@ -230,18 +268,22 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
             progress("writing safetensors", done, total)
 
     def values(hf: str) -> NDArray[Any]:
+        remaining.pop(hf)
         return _for_file(names[hf], checkpoint.array(names[hf]), widest)
 
-    for number, members in enumerate(files, start=1):
-        file = "model.safetensors"
-        if len(files) > 1:
-            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_tensors(folder / file, {hf: tensors[hf] for hf in members}, values, written)
-        weight_map |= dict.fromkeys(members, file)
+    try:
+        if is_main():
+            for file, part in parts.items():
+                write_tensors(folder / file, part, values, written, ahead=not spread)
+    finally:
+        while spread and remaining:  # on the other processes all; on this one what is left when it fails
+            values(next(iter(remaining)))
+    if not is_main():
+        return
     if len(files) > 1:
+        weight_map = {hf: file for file, members in files.items() for hf in members}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
-
     write_assets(checkpoint, folder)
 
 
@@ -265,9 +307,7 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, StoredT
     embedding = tensors.get("model.embed_tokens.weight")
     head = tensors.get("lm_head.weight")
     if config.tie_word_embeddings and head and embedding:
-        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not np.array_equal(
-            read_tensor(head).reshape(-1).view(np.uint8), read_tensor(embedding).reshape(-1).view(np.uint8)
-        ):
+        if not hold_the_same(head, embedding):
             raise OperationError(
                 f"{folder}: lm_head.weight differs from the embedding although config.json says "
                 f"tie_word_embeddings; set it to false or remove the tensor"
@@ -292,15 +332,19 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, StoredT
     return notes
 
 
+def _name_files(parts: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, start=1)}
+
+
 def _file_shape(name: TensorName, widest: int) -> tuple[int, ...]:
     return tuple(widest if axis == name.neuron_axis else size for axis, size in enumerate(name.shape))
 
 
 def _for_file(name: TensorName, array: jax.Array, widest: int) -> NDArray[Any]:
     """An array in the shape of the file: head axes merged, storage padding stripped, padded to the widest."""
-    # Through a handle of its own: a copy that numpy must make stays with the handle, and would stay with the model.
-    shards = [shard.data for shard in array.addressable_shards]
-    values = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+    values = to_host(array)
     if name.neuron_axis is None:
         return values.reshape(name.shape)
     values = (

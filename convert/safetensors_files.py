@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,31 +139,91 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+class TensorReader:
+    """Reads ranges of rows of one tensor; a context manager that holds its file open.
+
+    Raises:
+      OperationError: in the `with` block: the file cannot be read or has changed, or what was read has NaN or Inf.
+    """
+
+    def __init__(self, tensor: StoredTensor):
+        self.tensor = tensor
+        self._row_bytes = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else tensor.nbytes
+
+    def __enter__(self) -> "TensorReader":
+        file = self.tensor.file
+        try:
+            self._stream = file.open("rb", buffering=0)
+            if os.fstat(self._stream.fileno()).st_mtime_ns != self.tensor.modified:
+                self._stream.close()
+                raise OperationError(f"{file} has changed since it was opened; run again")
+        except OSError as error:
+            raise OperationError(f"cannot read {file}: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop`, in memory of their own."""
+        part = aligned_empty((stop - start, *self.tensor.shape[1:]), self.tensor.dtype)
+        self.read_into(part, start)
+        return part
+
+    def read_into(self, part: NDArray[Any], start: int = 0) -> None:
+        """Fills a contiguous array of the tensor's dtype with whole rows from `start` on."""
+        tensor, buffer = self.tensor, part.reshape(-1).view(np.uint8)
+        offset = tensor.offset + start * self._row_bytes
+        try:
+            for begin in range(0, buffer.nbytes, _CHUNK):
+                chunk = buffer[begin : begin + _CHUNK]
+                done = 0
+                while done < len(chunk):
+                    got = os.preadv(self._stream.fileno(), [chunk[done:].data], offset + begin + done)
+                    if not got:
+                        raise OperationError(f"{tensor.file} became shorter while it was read")
+                    done += got
+                check_finite(chunk.view(tensor.dtype), f"{tensor.file}: tensor {tensor.name}")
+        except OSError as error:
+            raise OperationError(f"cannot read {tensor.file}: {error.strerror}") from error
+
+
 def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     """Reads one tensor into memory that JAX can take over.
 
     Raises:
       OperationError: the file cannot be read, or the tensor has NaN or Inf in it.
     """
-    buffer = np.empty(tensor.nbytes + _ALIGNMENT, np.uint8)
+    values = aligned_empty(tensor.shape, tensor.dtype)
+    with TensorReader(tensor) as reader:
+        reader.read_into(values)
+    return values
+
+
+def hold_the_same(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit; a few of their rows are in memory at a time.
+
+    Raises:
+      OperationError: as `read_tensor`.
+    """
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    count = a.shape[0] if a.shape else 1
+    step = max(1, _CHUNK * count // max(1, a.nbytes))
+    with TensorReader(a) as first, TensorReader(b) as second:
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            if first.rows(start, stop).tobytes() != second.rows(start, stop).tobytes():
+                return False
+    return True
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Memory that JAX takes over instead of copying it, uninitialised."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
-    buffer = buffer[start : start + tensor.nbytes]
-    try:
-        with tensor.file.open("rb", buffering=0) as stream:
-            if os.fstat(stream.fileno()).st_mtime_ns != tensor.modified:
-                raise OperationError(f"{tensor.file} has changed since it was opened; run again")
-            for begin in range(0, tensor.nbytes, _CHUNK):
-                chunk = buffer[begin : begin + _CHUNK]
-                done = 0
-                while done < len(chunk):
-                    got = os.preadv(stream.fileno(), [chunk[done:].data], tensor.offset + begin + done)
-                    if not got:
-                        raise OperationError(f"{tensor.file} became shorter while it was read")
-                    done += got
-                check_finite(chunk.view(tensor.dtype), f"{tensor.file}: tensor {tensor.name}")
-    except OSError as error:
-        raise OperationError(f"cannot read {tensor.file}: {error.strerror}") from error
-    return buffer.view(tensor.dtype).reshape(tensor.shape)
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def write_tensors(
@@ -171,21 +231,23 @@ def write_tensors(
     tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
     values: Callable[[str], NDArray[Any]],
     written: Callable[[int], None],
+    *,
+    ahead: bool = True,
 ) -> None:
     """Writes a safetensors file with a few tensors in memory: one is written while the next are made ready.
 
     Args:
       file: the file to write.
       tensors: dtype and shape by name.
-      values: gives the tensor of a name; called once for each.
+      values: gives the tensor of a name; called once for each, in `write_order`.
       written: called with the bytes of each tensor when it is written.
+      ahead: calls `values` on threads, for the next tensors while one is written; else on this one.
 
     Raises:
       OperationError: the disk refuses.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    # Wide elements first: each tensor then starts at a multiple of its element size, which zero-copy readers need.
-    names = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    names = write_order(tensors)
     # "pt" is what transformers 4 wants to read there; it says nothing about who wrote the file.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -200,7 +262,8 @@ def write_tensors(
             stream.write(len(text).to_bytes(8, "little") + text)
             # The disk works while the next tensors are made ready, and has little left to do at the end.
             flushed = background.submit(os.fsync, stream.fileno())
-            for name, value in zip(names, read_ahead(values, names), strict=True):
+            arrays = read_ahead(values, names) if ahead else map(values, names)
+            for name, value in zip(names, arrays, strict=True):
                 array = np.asarray(value, order="C")
                 assert (array.dtype, array.shape) == tensors[name], name
                 stream.write(array.reshape(-1).view(np.uint8).data)
@@ -211,6 +274,12 @@ def write_tensors(
             flushed.result()
     except OSError as error:
         raise OperationError(f"cannot write {file}: {error.strerror}") from error
+
+
+def write_order(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> list[str]:
+    """The names of tensors in the order in which they stand in a file."""
+    # Wide elements first: each tensor then starts at a multiple of its element size, which zero-copy readers need.
+    return sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
 
 
 def read_ahead(function: Callable[[K], T], names: Iterable[K]) -> Iterator[T]:

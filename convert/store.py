@@ -4,17 +4,21 @@ An output folder is a Hugging Face folder that stock `transformers` loads, an Or
 `orbax/`, or both side by side.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from convert.checkpoint import Checkpoint, model_arrays, too_large
+from convert.checkpoint import Checkpoint, MeshChoice, choose_mesh, model_arrays, too_large
 from convert.demo import demo_path
 from convert.gguf_model import read_gguf
 from convert.hub import hub_snapshot, looks_like_hub_id
@@ -28,8 +32,10 @@ from convert.huggingface import (
 )
 from convert.safetensors_files import DTYPES
 from gluprune_jax.atomic import staged_directory
-from gluprune_jax.checkpoint import is_orbax, load_orbax, save_orbax
+from gluprune_jax.checkpoint import is_orbax, open_orbax, save_orbax
+from gluprune_jax.distributed import broadcast_from_main, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.mesh import mesh_of, parameter_sharding, to_host
 from gluprune_jax.model import Llama
 
 FORMATS = ("hf", "orbax")
@@ -47,6 +53,7 @@ def load(
     revision: str | None = None,
     stream: bool = False,
     progress: Progress | None = None,
+    mesh: MeshChoice | None = None,
 ) -> Checkpoint:
     """Loads a model.
 
@@ -58,39 +65,18 @@ def load(
       stream: leaves the weights of a Hugging Face folder or hub id in their files until each is asked for: enough to
         score, prune and save, in the memory of a few tensors (see `StreamedCheckpoint`). Other formats are loaded.
       progress: called with what is being done, the bytes done and the bytes in all.
+      mesh: chooses the mesh that the weights are spread over, once the architecture is known and before any weight is
+        read: called with the config and the bytes that the weights will take in memory (all replicas share one count,
+        storage padding is left out), it gives a mesh of `gluprune_jax.mesh`, or None for the default device. Given a
+        choice, every process must call `load`, each reads the parts of its own devices, and if one fails all do.
+        Weights that `stream` leaves in their files are on no mesh.
 
     Raises:
       RequestError: no such model, or one of a family, dtype or format that is not supported.
       OperationError: damaged files, tensors missing or too many, NaN or Inf weights, no network.
     """
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
-    target = next((d for d in DTYPES.values() if d.name == dtype), None)
-    path = Path(name).expanduser()
-    if revision is not None and (path.exists() or str(name) == "demo"):
-        raise RequestError(f"--revision {revision} belongs to a hub id; {name} is not one")
-    if str(name) == "demo":
-        return dataclasses.replace(read_gguf(demo_path(), target, progress), source="SmolLM2-135M-Instruct (demo)")
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
-        return read_gguf(path, target, progress)
-    if path.is_dir():
-        if is_orbax(path):
-            # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
-            path = path.resolve()
-            return _read_orbax(path, path.parent if path.name == "orbax" else path, str(name), target)
-        if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
-            return _read_orbax(path / "orbax", path, str(name), target)
-        folder = path
-    elif looks_like_hub_id(str(name)):
-        folder = hub_snapshot(str(name), revision)
-    else:
-        raise RequestError(
-            f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'"
-        )
-    opened = open_huggingface(folder, str(name), target)
-    return opened if stream else opened.load(progress)
+    with failing_together() if mesh else contextlib.nullcontext():
+        return _load(name, dtype, revision, stream, progress, mesh)
 
 
 def parse_formats(text: str) -> list[str]:
@@ -127,6 +113,9 @@ def save(
 ) -> None:
     """Writes a model as a folder, whole or not at all.
 
+    With several processes all of them must call it. The first one writes, and all write Orbax, each the parts of its
+    own devices, for which the folder must be on storage that they share.
+
     Args:
       checkpoint: the model and what travels with it.
       output: the folder to make.
@@ -136,35 +125,91 @@ def save(
       progress: called with what is being done, the bytes done and the bytes in all.
 
     Raises:
-      RequestError: an unknown format, or `output` exists (and is not a model folder, or `overwrite` is false).
+      RequestError: an unknown format, or `output` exists (and is not a model folder, or `overwrite` is false);
+        with several processes, Orbax of a model on one device or into a folder that they do not share.
       OperationError: the disk refuses.
     """
     parse_formats(",".join(formats))
     if isinstance(checkpoint, StreamedCheckpoint) and "orbax" in formats:
         checkpoint = checkpoint.load(progress)
-    with staged_directory(Path(output), overwrite=overwrite) as folder:
+    if "orbax" in formats and jax.process_count() > 1 and mesh_of(checkpoint.model) is None:
+        raise RequestError(
+            f"with {jax.process_count()} processes an Orbax checkpoint is written from a model that lies on a mesh of "
+            f"their devices, and this one lies on one device; give --mesh, or write --format hf"
+        )
+    with _shared_stage(Path(output), overwrite=overwrite, all_write="orbax" in formats) as folder:
         if "hf" in formats:
             write_huggingface(checkpoint, folder, progress)
-        else:
+        elif is_main():
             write_assets(checkpoint, folder)
         if "orbax" in formats:
             metadata = {"hf_config": dict(checkpoint.hf_config), "history": list(checkpoint.history)}
             nbytes = sum(array.nbytes for _, array in model_arrays(checkpoint.model))
             if progress:
                 progress("writing Orbax", 0, nbytes)
-            save_orbax(folder / "orbax", checkpoint.model, metadata)
+            with failing_together():
+                save_orbax(folder / "orbax", checkpoint.model, metadata)
             if progress:
                 progress("writing Orbax", nbytes, nbytes)
-        for file, text in (extra_files or {}).items():
-            (folder / file).write_text(text, encoding="utf-8")
+        if is_main():
+            for file, text in (extra_files or {}).items():
+                (folder / file).write_text(text, encoding="utf-8")
 
 
-def _read_orbax(path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None) -> Checkpoint:
-    model, metadata = load_orbax(path)
+def _load(
+    name: str | Path,
+    dtype: str | None,
+    revision: str | None,
+    stream: bool,
+    progress: Progress | None,
+    mesh: MeshChoice | None,
+) -> Checkpoint:
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
+    target = next((d for d in DTYPES.values() if d.name == dtype), None)
+    path = Path(name).expanduser()
+    if revision is not None and (path.exists() or str(name) == "demo"):
+        raise RequestError(f"--revision {revision} belongs to a hub id; {name} is not one")
+    if str(name) == "demo":
+        return dataclasses.replace(
+            read_gguf(demo_path(), target, progress, mesh), source="SmolLM2-135M-Instruct (demo)"
+        )
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
+        return read_gguf(path, target, progress, mesh)
+    if path.is_dir():
+        if is_orbax(path):
+            # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
+            path = path.resolve()
+            return _read_orbax(path, path.parent if path.name == "orbax" else path, str(name), target, mesh)
+        if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
+            return _read_orbax(path / "orbax", path, str(name), target, mesh)
+        folder = path
+    elif looks_like_hub_id(str(name)):
+        folder = hub_snapshot(str(name), revision)
+    else:
+        raise RequestError(
+            f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'"
+        )
+    opened = open_huggingface(folder, str(name), target)
+    return opened if stream else opened.load(progress, mesh)
+
+
+def _read_orbax(
+    path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None, choice: MeshChoice | None
+) -> Checkpoint:
+    opened = open_orbax(path)
+    config, metadata = opened.config, opened.metadata
+    nbytes = opened.nbytes if dtype is None else config.num_parameters * dtype.itemsize
+    mesh, config = choose_mesh(choice, config, nbytes)
+    # The padding is that of the mesh it is loaded onto, not of the one it was saved from.
+    rule = None if mesh is None else lambda path, leaf: parameter_sharding(mesh, path, leaf.shape)
+    model = opened.load(rule, config.width_multiple)
     if bad := _not_finite(model):
         raise OperationError(f"{path} has NaN or Inf weights in {', '.join(bad)}")
     if dtype is not None:
-        state = jax.tree.map(lambda array: array.astype(dtype), nnx.state(model, nnx.Param))
+        state = jax.tree.map(lambda array: _astype(array, dtype), nnx.state(model, nnx.Param))
         nnx.update(model, state)
         if bad := _not_finite(model):
             raise too_large(f"{path}: {', '.join(bad)}", dtype)
@@ -175,5 +220,48 @@ def _read_orbax(path: Path, assets: Path, source: str, dtype: np.dtype[Any] | No
     return Checkpoint(model=model, source=source, hf_config=hf_config, assets=read_assets(assets), history=history)
 
 
+def _astype(array: Array, dtype: np.dtype[Any]) -> Array:
+    """An array in another dtype, divided over the same devices in the same words."""
+    converted = jax.jit(lambda x: x.astype(dtype), out_shardings=array.sharding)(array)
+    return cast("Array", converted)
+
+
 def _not_finite(model: Llama) -> list[str]:
-    return [name.hf for name, array in model_arrays(model) if not jnp.isfinite(array).all()]
+    return [name.hf for name, array in model_arrays(model) if not to_host(_all_finite(array))]
+
+
+@jax.jit
+def _all_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+@contextlib.contextmanager
+def _shared_stage(output: Path, *, overwrite: bool, all_write: bool) -> Iterator[Path]:
+    """`staged_directory` for all processes: the first makes the folder and puts it into place.
+
+    Args:
+      output: the folder to write.
+      overwrite: whether an existing model folder is replaced.
+      all_write: refuses a folder that is not seen by all processes.
+
+    Raises:
+      RequestError, OperationError: as `staged_directory`, on every process.
+    """
+    with failing_together(), contextlib.ExitStack() as stack:
+        stage = None
+        with failing_together():
+            if is_main():
+                stage = stack.enter_context(staged_directory(output, overwrite=overwrite))
+        stage = Path(os.fsdecode(broadcast_from_main(os.fsencode(stage or ""))))
+        with failing_together():
+            if all_write and not stage.is_dir():
+                raise RequestError(
+                    f"{output} is not on storage that all processes share: what the first one made there is not to be "
+                    f"seen on {socket.gethostname()}; Orbax writes from all of them, so choose a shared folder, or "
+                    f"--format hf"
+                )
+        with failing_together():
+            yield stage

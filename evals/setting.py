@@ -20,6 +20,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint, model_arrays
 from convert.tokenizer import end_of_sequence_ids
 from gluprune_jax.errors import RequestError
+from gluprune_jax.mesh import to_host
 from gluprune_jax.model import ModelConfig
 from gluprune_jax.plan import PruningPlan
 
@@ -144,7 +145,8 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
 def weights_digest(checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None = None) -> str:
     """SHA-256 over the architecture and each tensor's name, dtype, shape and values, as "sha256:..." .
 
-    A model has the same digest whatever format it was loaded from and however its arrays are padded.
+    A model has the same digest whatever format it was loaded from and however its arrays are padded and spread over
+    devices. With several processes all of them must call it.
     """
     architecture = dataclasses.asdict(checkpoint.config)
     for stored in ("width_multiple", "max_position_embeddings"):  # the window is part of the setting by itself
@@ -153,7 +155,7 @@ def weights_digest(checkpoint: Checkpoint, progress: Callable[[str, int, int], N
     total = sum(array.nbytes for _, array in model_arrays(checkpoint.model))
     done = 0
     for name, array in model_arrays(checkpoint.model):
-        values = np.asarray(array)
+        values = to_host(array)
         done += values.nbytes
         if name.neuron_axis is not None:  # storage padding is no part of the model
             values = values.take(range(name.shape[name.neuron_axis]), axis=name.neuron_axis)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -70,13 +71,82 @@ def save_orbax(path: Path, model: Llama, metadata: Mapping[str, Any]) -> None:
             (path / _FILES).write_text(json.dumps(_sizes(path), indent=1), encoding="utf-8")
 
 
-def load_orbax(path: Path, shardings: ShardingRule | None = None) -> tuple[Llama, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class OpenedOrbax:
+    """A checkpoint of which everything but the arrays has been read and checked.
+
+    Attributes:
+      path: its folder.
+      config: the architecture, with the `width_multiple` that it was saved with.
+      metadata: the caller's.
+      dtypes: of the arrays, by path of the parameter.
+    """
+
+    path: Path
+    config: ModelConfig
+    metadata: Mapping[str, Any]
+    dtypes: Mapping[tuple[str, ...], Any]
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays take in memory, without storage padding."""
+        flat = _parameters(dataclasses.replace(self.config, width_multiple=1))
+        return sum(leaf.size * np.dtype(self.dtypes[_names(at)]).itemsize for at, leaf in flat.items())
+
+    def load(self, shardings: ShardingRule | None = None, width_multiple: int | None = None) -> Llama:
+        """Loads the arrays; for the arguments and errors see `load_orbax`."""
+        from orbax.checkpoint import v1 as ocp  # here: as above
+
+        config = self.config
+        if width_multiple is not None:
+            config = dataclasses.replace(config, width_multiple=width_multiple)
+        rule = shardings or _default_device()
+        wanted = {}
+        for at, leaf in _parameters(config).items():
+            leaf = leaf.update(dtype=self.dtypes[_names(at)])
+            wanted[_names(at)] = leaf.update(sharding=rule(at, leaf))
+        # What is stored has the shapes of the checkpoint's own config (`open_orbax`): where those of the model differ,
+        # it is in storage padding, and Orbax cuts it off or fills it up with zeros as it reads.
+        context = ocp.Context()
+        context.array.loading.enable_padding_and_truncation = config != self.config
+        with _calling_orbax(_unreadable(self.path)), context:
+            arrays = _flat(ocp.load_checkpointables(self.path, {_ITEM: _nested(wanted)})[_ITEM])
+        graphdef, state = nnx.split(abstract_model(config))
+        flat = [(at, variable.replace(arrays[_names(at)])) for at, variable in nnx.to_flat_state(state)]
+        model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
+        return model
+
+
+def open_orbax(path: Path) -> OpenedOrbax:
+    """Reads what is to be known of a checkpoint before its arrays are loaded.
+
+    Raises:
+      RequestError, OperationError: as `load_orbax`.
+    """
+    from orbax.checkpoint import v1 as ocp  # here: as above
+
+    path = path.absolute()
+    _check_files(path)
+    with _calling_orbax(_unreadable(path)):
+        stored = ocp.checkpointables_metadata(path)
+        if stored.metadata.get(_ITEM) is None:  # Orbax logs the reason and goes on
+            raise ValueError(f"Orbax finds no arrays in {_ITEM}")
+        found = _flat(stored.metadata[_ITEM])
+    config, metadata = _read_metadata(path, stored.custom_metadata)
+    _check_parameters(path, {_names(at): leaf.shape for at, leaf in _parameters(config).items()}, found)
+    return OpenedOrbax(path, config, metadata, {name: leaf.dtype for name, leaf in found.items()})
+
+
+def load_orbax(
+    path: Path, shardings: ShardingRule | None = None, width_multiple: int | None = None
+) -> tuple[Llama, dict[str, Any]]:
     """Loads what `save_orbax` wrote, bit for bit and in the dtypes it was saved in.
 
     Args:
       path: the folder of the checkpoint.
       shardings: says where each parameter goes; a process reads only its own shards. None puts everything on the
         default device, wherever it was saved from.
+      width_multiple: of the loaded model, whatever it was saved with (see `ModelConfig`); None keeps that.
 
     Returns:
       The model, and the caller's metadata.
@@ -85,31 +155,8 @@ def load_orbax(path: Path, shardings: ShardingRule | None = None) -> tuple[Llama
       RequestError: `path` is no Orbax checkpoint, not one of ours, or one of a version or config that we do not know.
       OperationError: it is damaged.
     """
-    from orbax.checkpoint import v1 as ocp  # here: as above
-
-    path = path.absolute()
-    _check_files(path)
-    unreadable = f"the checkpoint {path} is damaged or cannot be read"
-    with _calling_orbax(unreadable):
-        stored = ocp.checkpointables_metadata(path)
-        if stored.metadata.get(_ITEM) is None:  # Orbax logs the reason and goes on
-            raise ValueError(f"Orbax finds no arrays in {_ITEM}")
-        found = _flat(stored.metadata[_ITEM])
-    config, metadata = _read_metadata(path, stored.custom_metadata)
-    graphdef, state = nnx.split(abstract_model(config))
-    flat = nnx.to_flat_state(state)
-    _check_parameters(path, {_names(at): variable.get_value().shape for at, variable in flat}, found)
-
-    rule = shardings or _default_device()
-    wanted = {}
-    for at, variable in flat:
-        leaf = variable.get_value().update(dtype=found[_names(at)].dtype)
-        wanted[_names(at)] = leaf.update(sharding=rule(at, leaf))
-    with _calling_orbax(unreadable):
-        arrays = _flat(ocp.load_checkpointables(path, {_ITEM: _nested(wanted)})[_ITEM])
-    filled = nnx.from_flat_state([(at, variable.replace(arrays[_names(at)])) for at, variable in flat])
-    model: Llama = nnx.merge(graphdef, filled)
-    return model, metadata
+    opened = open_orbax(path)
+    return opened.load(shardings, width_multiple), dict(opened.metadata)
 
 
 @contextlib.contextmanager
@@ -132,6 +179,16 @@ def _calling_orbax(failure: str) -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+def _unreadable(path: Path) -> str:
+    return f"the checkpoint {path} is damaged or cannot be read"
+
+
+def _parameters(config: ModelConfig) -> dict[tuple[Any, ...], Any]:
+    """Shapes of the parameters of a model, by path."""
+    _, state = nnx.split(abstract_model(config))
+    return {at: variable.get_value() for at, variable in nnx.to_flat_state(state)}
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

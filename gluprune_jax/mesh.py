@@ -121,9 +121,18 @@ def place(mesh: Mesh | None, value: NDArray[Any], *axes: str | None) -> Any:
 
 def to_host(array: Array) -> NDArray[Any]:
     """An array, whole, in the memory of every process. All processes must call it, in the same order."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    if not is_local(array):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    if array.is_fully_replicated:
+        array = array.addressable_data(0)
+    # Through a handle of its own: a copy that numpy must make stays with the handle, and would stay with the model.
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+def is_local(array: Array) -> bool:
+    """Whether this process holds all of an array, so that nothing must be gathered; the same on every process."""
+    return array.is_fully_addressable or array.is_fully_replicated
 
 
 def shard_model(model: Llama, mesh: Mesh) -> Llama:
