@@ -1,6 +1,15 @@
-"""What several processes of one run tell each other. With one process all of this costs nothing."""
+"""Several processes of one run: how they find each other, and what they tell each other.
 
+The same command is started on every machine. All processes compute together, the first one speaks and writes files.
+With one process all of this costs nothing.
+
+A process that dies takes the others with it: they leave with a status other than 0 as soon as a message to it fails, or
+when it has given no sign of life for the time of `--heartbeat-timeout`.
+"""
+
+import argparse
 import contextlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -9,6 +18,78 @@ from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `connect` to a command line."""
+    group = parser.add_argument_group("several processes (start the same command on every machine)")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of a Cloud TPU slice or a SLURM job, or those that the next three name",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="how long a process may give no sign of life before the others end",
+    )
+
+
+def connect(args: argparse.Namespace) -> None:
+    """Joins the other processes, if `--distributed` asks for it. Nothing may have been computed before.
+
+    Raises:
+      RequestError: arguments that do not go together, or no sign of other processes.
+      OperationError: the others cannot be reached.
+    """
+    named = {"coordinator": args.coordinator, "num-processes": args.num_processes, "process-id": args.process_id}
+    given = [f"--{name}" for name, value in named.items() if value is not None]
+    if given and not args.distributed:
+        raise RequestError(f"{given[0]} goes with --distributed")
+    if given and len(given) < len(named):
+        missing = [f"--{name}" for name, value in named.items() if value is None]
+        raise RequestError(f"{given[0]} needs {' and '.join(missing)} too; without all three the cluster is asked")
+    if given and not 0 <= args.process_id < args.num_processes:
+        raise RequestError(
+            f"--process-id is {args.process_id}; of {args.num_processes} processes it must be one from 0"
+        )
+    if args.coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", args.coordinator):
+        raise RequestError(f"--coordinator is {args.coordinator!r}; write HOST:PORT")
+    if args.heartbeat_timeout < 1:
+        raise RequestError(f"--heartbeat-timeout is {args.heartbeat_timeout}; it must be at least 1 second")
+    if not args.distributed:
+        return
+    try:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.num_processes,
+            args.process_id,
+            heartbeat_timeout_seconds=args.heartbeat_timeout,
+        )
+    except ValueError as error:
+        raise RequestError(
+            f"--distributed finds no cluster that it knows ({_sentence(error)}); on others give --coordinator, "
+            f"--num-processes and --process-id"
+        ) from error
+    except RuntimeError as error:
+        raise OperationError(f"the processes do not find each other: {_sentence(error)}") from error
+
+
+def is_silent() -> bool:
+    """Whether this is a process that leaves speaking to another."""
+    return jax.distributed.is_initialized() and not is_main()
+
+
+def least(value: int) -> int:
+    """The smallest `value` of all processes. All of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.asarray(multihost_utils.process_allgather(np.int64(value))).min())
 
 
 def is_main() -> bool:
@@ -53,15 +134,21 @@ def failing_together() -> Iterator[None]:
     text = "" if own is None else f"{isinstance(own, RequestError):d}{_sentence(own)}"
     answers = gather_from_all(text.encode())
     if own is not None:
+        if isinstance(own, GlupruneError):
+            own.all_know = True
         raise own
     for process, answer in enumerate(answers):
         if answer:
             kind = RequestError if answer[:1] == b"1" else OperationError
-            raise kind(f"process {process} of {len(answers)}: {answer[1:].decode()}")
+            other = kind(f"process {process} of {len(answers)}: {answer[1:].decode()}")
+            other.all_know = True
+            raise other
 
 
 def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, GlupruneError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, GlupruneError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _as_array(data: bytes, size: int) -> NDArray[np.uint8]:

@@ -8,6 +8,8 @@ class GlupruneError(Exception):
     """Base of all errors that are reported to the user without a traceback."""
 
     exit_status = 1
+    # Of several processes: all have failed, and the first one says why.
+    all_know = False
 
 
 class RequestError(GlupruneError):

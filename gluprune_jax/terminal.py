@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,20 +26,51 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from gluprune_jax import distributed
 from gluprune_jax.errors import GlupruneError, is_out_of_memory
 
 EXIT_STATUS = "exit status: 0 done; 2 the request cannot be carried out as asked; 1 something failed underneath"
 
 
 def stderr() -> Console:
-    """The console for progress, notes and errors."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    """The console for progress, notes and errors. Of several processes only the first one speaks."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=distributed.is_silent())
 
 
-def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
-    """Runs a command and returns its exit status; errors become one line on standard error unless `debug`."""
+def run(name: str, command: Callable[[], None], *, debug: bool, processes: argparse.Namespace | None = None) -> int:
+    """Runs a command and returns its exit status; errors become one line on standard error unless `debug`.
+
+    Args:
+      name: of the command, for errors.
+      command: what to run.
+      debug: whether an error shows its traceback.
+      processes: the arguments of `gluprune_jax.distributed`, where the command has them. Of several processes one that
+        fails ends at once, without waiting for the others, and with it they end.
+    """
     # When it is imported without PyTorch, transformers says that models will not be available. Ours are.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    together = False
+    try:
+        if processes is not None:
+            distributed.connect(processes)
+            together = jax.distributed.is_initialized()
+        if distributed.is_silent():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
+    except GlupruneError as error:  # of connecting
+        if debug:
+            raise
+        stderr().print(f"{name}: error: {_reason(error)}", markup=False)
+        return error.exit_status
+    status = _run(name, command, debug)
+    if together and status:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        # The interpreter would first wait for the other processes, which wait for this one.
+        os._exit(status)
+    return status
+
+
+def _run(name: str, command: Callable[[], None], debug: bool) -> int:
     try:
         command()
     except BrokenPipeError:
@@ -48,9 +81,14 @@ def run(name: str, command: Callable[[], None], *, debug: bool) -> int:
         stderr().print(f"{name}: interrupted", markup=False)
         return 130
     except Exception as error:
-        if debug:
+        if debug and not jax.distributed.is_initialized():
             raise
-        stderr().print(f"{name}: error: {_reason(error)}", markup=False)
+        if debug:
+            traceback.print_exc()
+        elif not distributed.is_silent():
+            stderr().print(f"{name}: error: {_reason(error)}", markup=False)
+        elif not getattr(error, "all_know", False):
+            sys.stderr.write(f"{name} (process {jax.process_index()}): error: {_reason(error)}\n")
         return error.exit_status if isinstance(error, GlupruneError) else 1
     return 0
 
