@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from evals.compile_log import CompileLog, Program
 from evals.prefix_tree import Extend, Row, Span, divide, schedule
+from gluprune_jax.distributed import least
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.generation import generate, slots_for
 from gluprune_jax.mesh import mesh_of, on, place, shape_of
@@ -333,7 +334,7 @@ class Engine:
                 config = self.model.config
                 widths = 2 * max(config.stored_intermediate_sizes) + 8 * config.hidden_size
                 row = longest * (widths * self._dtype.itemsize + config.num_attention_heads * longest * 4)
-                self._rows_at_once = max(1, min(_ACCELERATOR_TOKENS // longest, free_memory() // 4 // row))
+                self._rows_at_once = max(1, min(_ACCELERATOR_TOKENS // longest, least(free_memory()) // 4 // row))
         return self._rows_at_once if self._rows_at_once == 1 else self._rows_at_once * longest // length
 
     # ------------------------------------------------------------------------------------------------- generation
@@ -366,7 +367,7 @@ class Engine:
             config, on_cpu = self.model.config, jax.default_backend() == "cpu"
             token_bytes = 2 * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
             slot_bytes = slots_for(longest) * config.num_hidden_layers * token_bytes
-            slots = max(1, min(_CPU_SLOTS if on_cpu else _ACCELERATOR_SLOTS, free_memory() // 3 // slot_bytes))
+            slots = max(1, min(_CPU_SLOTS if on_cpu else _ACCELERATOR_SLOTS, least(free_memory()) // 3 // slot_bytes))
             slots = 1 << (slots.bit_length() - 1)
         slots *= self.replicas
         with self.compiled.naming(f"{slots} slots of {slots_for(longest)}"):

@@ -18,13 +18,17 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from evals.journal import Journal, cannot_write
 from evals.setting import Setting, json_digest
 from gluprune_jax.atomic import write_file_atomic
+from gluprune_jax.distributed import broadcast_from_main, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError, unreadable
 
 RESULTS_FILE, SETTING_FILE, RESPONSES_FILE = "gluprune_results.json", "setting.json", "responses.jsonl"
@@ -171,10 +175,33 @@ def open_setting(root: Path, setting: Setting) -> Iterator[SettingFolder]:
 
     A folder that was made for the same setting under another name is used: a model that was moved is still the same.
 
+    Of several processes of one run the first one opens it. The others, which must call this too, get a folder of their
+    own with the answers that are there, so that all ask the model the same; it is gone at the end.
+
     Raises:
-      RequestError: as `check_output`; or another process has it open.
+      RequestError: as `check_output`; or another run has it open.
       OperationError: it is damaged, or the disk refuses.
     """
+    if is_main():
+        with contextlib.ExitStack() as stack:
+            with failing_together():
+                path = _setting_path(root, setting)
+                journal = stack.enter_context(Journal(path / RESPONSES_FILE))
+            if jax.process_count() > 1:
+                broadcast_from_main((path / RESPONSES_FILE).read_bytes())
+            yield SettingFolder(path, journal)
+        return
+    with failing_together():
+        pass
+    with tempfile.TemporaryDirectory(prefix="gluprune-") as scratch:
+        path = Path(scratch)
+        (path / RESPONSES_FILE).write_bytes(broadcast_from_main(b""))
+        with Journal(path / RESPONSES_FILE) as journal:
+            yield SettingFolder(path, journal)
+
+
+def _setting_path(root: Path, setting: Setting) -> Path:
+    """The folder of a setting, which is made where it is not there."""
     check_output(root)
     path = next((folder for folder in _setting_paths(root) if folder.name.endswith(f"-{setting.digest[:8]}")), None)
     if path is None:
@@ -187,8 +214,7 @@ def open_setting(root: Path, setting: Setting) -> Iterator[SettingFolder]:
     elif (stored := _load_setting(path / SETTING_FILE)).digest != setting.digest:
         differ = sorted(key for key, value in setting.decides.items() if stored.decides.get(key) != value)
         raise RequestError(f"{path} belongs to another model or setting: {', '.join(differ)} differ; rename it")
-    with Journal(path / RESPONSES_FILE) as journal:
-        yield SettingFolder(path, journal)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------ reading
