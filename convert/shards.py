@@ -35,11 +35,8 @@ def assemble(shape: Sequence[int], sharding: Sharding, read: Callable[[list[Box]
         over: nobody may change them afterwards.
     """
     shape = tuple(shape)
-    boxes = {
-        device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-        if index is not None
-    }
+    indices = sharding.addressable_devices_indices_map(shape)
+    boxes = {device: box_of(index, shape) for device, index in indices.items() if index is not None}
     distinct = list(dict.fromkeys(boxes.values()))
     parts = dict(zip(distinct, read(distinct), strict=True))
     on_devices = [jax.device_put(parts[box], device) for device, box in boxes.items()]
@@ -47,6 +44,11 @@ def assemble(shape: Sequence[int], sharding: Sharding, read: Callable[[list[Box]
     for array in on_devices:
         array.block_until_ready()
     return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
+
+
+def box_of(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    """The box that JAX's index of a shard means in an array of a shape."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def place(values: NDArray[Any], shape: Sequence[int], sharding: Sharding) -> Array:
@@ -82,7 +84,7 @@ def read_parameter(
     """
 
     def read(boxes: list[Box]) -> list[NDArray[Any]]:
-        parts = read_boxes(stored, name, [_in_file(box, name, shape) for box in boxes], dtype)
+        parts = read_boxes(stored, name, [in_file(box, name, shape) for box in boxes], dtype)
         shapes = [[stop - start for start, stop in box] for box in boxes]
         return [part.reshape(own) for part, own in zip(parts, shapes, strict=True)]
 
@@ -167,8 +169,8 @@ def beyond_the_neurons(stored: StoredTensor, name: str, width: int) -> Operation
     )
 
 
-def _in_file(box: Box, name: TensorName, shape: Sequence[int]) -> Box:
-    """A box of our parameter as one of the file, where heads and head dimension are one axis."""
+def in_file(box: Box, name: TensorName, shape: Sequence[int]) -> Box:
+    """A box of our parameter, which has a shape, as one of the file, where heads and head dimension are one axis."""
     if len(shape) == len(name.shape):
         return box
     if shape[0] == name.shape[0]:  # o_proj [D, N, H]

@@ -6,17 +6,19 @@ An output folder is a Hugging Face folder that stock `transformers` loads, an Or
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Sharding
 
 from convert.checkpoint import Checkpoint, MeshChoice, choose_mesh, model_arrays, too_large
 from convert.demo import demo_path
@@ -209,7 +211,7 @@ def _read_orbax(
     if bad := _not_finite(model):
         raise OperationError(f"{path} has NaN or Inf weights in {', '.join(bad)}")
     if dtype is not None:
-        state = jax.tree.map(lambda array: _astype(array, dtype), nnx.state(model, nnx.Param))
+        state = jax.tree.map(lambda array: _cast_to(dtype, array.sharding)(array), nnx.state(model, nnx.Param))
         nnx.update(model, state)
         if bad := _not_finite(model):
             raise too_large(f"{path}: {', '.join(bad)}", dtype)
@@ -220,14 +222,14 @@ def _read_orbax(
     return Checkpoint(model=model, source=source, hf_config=hf_config, assets=read_assets(assets), history=history)
 
 
-def _astype(array: Array, dtype: np.dtype[Any]) -> Array:
-    """An array in another dtype, divided over the same devices in the same words."""
-    converted = jax.jit(lambda x: x.astype(dtype), out_shardings=array.sharding)(array)
-    return cast("Array", converted)
-
-
 def _not_finite(model: Llama) -> list[str]:
     return [name.hf for name, array in model_arrays(model) if not to_host(_all_finite(array))]
+
+
+@functools.lru_cache(maxsize=64)
+def _cast_to(dtype: np.dtype[Any], sharding: Sharding) -> Callable[[Array], Array]:
+    # Cached: one program for all arrays of a shape. Without the sharding, XLA chooses one that is spelled otherwise.
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)
 
 
 @jax.jit

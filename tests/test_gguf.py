@@ -20,15 +20,18 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf import TokenType
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
+import convert
 from convert.checkpoint import Checkpoint, model_arrays
 from convert.gguf_model import read_gguf
 from convert.gguf_tokenizer import tokenizer_assets
 from convert.names import tensor_names
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
+from gluprune_jax.mesh import MeshShape, make_mesh, mesh_of, parameter_sharding
 from gluprune_jax.model import Llama3Rope, ModelConfig, rope_frequencies, rotate
 
 CONFIG = ModelConfig(
@@ -231,6 +234,29 @@ def test_dtype_casts_every_tensor(tmp_path: pathlib.Path) -> None:
     assert {array.dtype for array in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
     expected = weights(CONFIG)["blk.1.attn_q.weight"].astype(ml_dtypes.bfloat16)
     assert arrays["blk.1.attn_q.weight"].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_onto_a_mesh(tmp_path: pathlib.Path, dtype: str | None) -> None:
+    gate = np.random.default_rng(0).normal(size=(20, 16)).astype(ml_dtypes.bfloat16)
+    path = write_model(tmp_path, blk__1__ffn_gate__weight=(gate.view(np.uint8), GGMLType.BF16))
+    plain, sizes = convert.load(path, dtype=dtype), []
+
+    def choose(config: ModelConfig, nbytes: int) -> Mesh:
+        sizes.append(nbytes)
+        return make_mesh(MeshShape(1, 8), config.num_key_value_heads)
+
+    loaded = convert.load(path, dtype=dtype, mesh=choose)
+    assert sizes == [sum(array.nbytes for _, array in model_arrays(plain.model))]
+    assert loaded.config == dataclasses.replace(plain.config, width_multiple=8)
+    mesh = mesh_of(loaded.model)
+    assert mesh is not None
+    expected = {name.hf: np.asarray(array) for name, array in model_arrays(plain.model)}
+    for name, array in model_arrays(loaded.model):
+        assert array.sharding == parameter_sharding(mesh, name.path, array.shape)
+        values = np.zeros(array.shape, array.dtype)
+        values[tuple(map(slice, expected[name.hf].shape))] = expected[name.hf]
+        assert np.asarray(array).tobytes() == values.tobytes(), name.hf
 
 
 def test_another_type_is_refused_by_name(tmp_path: pathlib.Path) -> None:
