@@ -6,11 +6,9 @@ masks, end tokens and temperatures are arrays, so that a handful of compiled pro
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from evals.prefix_tree import Extend, Row, Span, divide, schedule
 from gluprune_jax.distributed import least
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.generation import generate, slots_for
+from gluprune_jax.memory import free_memory
 from gluprune_jax.mesh import mesh_of, on, place, shape_of
 from gluprune_jax.model import KVCache, Llama, ModelConfig, bind
 from gluprune_jax.prefill import CHUNKS, Chunk, append, cache_slots, chunk_sizes, chunks, extend
@@ -584,18 +583,3 @@ def _within(span: Span, start: int, length: int) -> Span | None:
     if low == high:
         return None
     return Span(span.sequence, span.first + int(low), span.indices[low:high] - np.int32(start))
-
-
-# ----------------------------------------------------------------------------------------------------------- machine
-
-
-def free_memory() -> int:
-    """Bytes that are free on the first device, or in the host's memory where that is the device."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        available = next((line for line in file if line.startswith("MemAvailable:")), None)
-        if available:
-            return int(available.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

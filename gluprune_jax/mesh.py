@@ -59,6 +59,12 @@ def parse_mesh(text: str) -> MeshShape | None:
     return MeshShape(sizes.get("data", 1), sizes.get("model", 1))
 
 
+def axis_sizes(shape: MeshShape, num_key_value_heads: int) -> tuple[int, int, int]:
+    """Sizes of the axes `data`, `kv` and `group` for a model with so many key/value heads."""
+    kv = math.gcd(shape.model, num_key_value_heads)
+    return shape.data, kv, shape.model // kv
+
+
 def make_mesh(shape: MeshShape, num_key_value_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh for a model with so many key/value heads.
 
@@ -78,8 +84,7 @@ def make_mesh(shape: MeshShape, num_key_value_heads: int, devices: Sequence[Any]
                 + (f" in {jax.process_count()} processes; all of them must be used" * (jax.process_count() > 1))
             )
         devices = devices[: shape.devices]
-    kv = math.gcd(shape.model, num_key_value_heads)
-    sizes = shape.data, kv, shape.model // kv
+    sizes = axis_sizes(shape, num_key_value_heads)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

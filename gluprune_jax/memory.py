@@ -1,0 +1,389 @@
+"""What a model takes of each device's memory, worked out before anything is loaded, and the mesh that it fits on.
+
+Weights and caches are exact: the part of each array that lies on one device, by the table of `gluprune_jax.sharding`.
+The workspace is an upper estimate of what compiled programs use besides; its formulas are `_evaluation_workspace` and
+`_pruning_workspace`. No devices are needed: a mesh of any size and devices of any memory can be planned for.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
+from rich.console import Console
+from rich.table import Table
+
+from gluprune_jax.attention import KEY_BLOCK
+from gluprune_jax.errors import RequestError
+from gluprune_jax.generation import STEPS_PER_CALL, slots_for
+from gluprune_jax.mesh import MeshShape, axis_sizes
+from gluprune_jax.model import Llama, ModelConfig, abstract_model
+from gluprune_jax.prefill import CHUNKS, cache_slots
+from gluprune_jax.sharding import CACHE_AXES, MESH_AXES, PARAMETERS, partition_spec
+from gluprune_jax.terminal import format_bytes
+
+# The share of a device's memory that is planned with: programs, buffers of the runtime and gaps take the rest.
+USABLE = Fraction(9, 10)
+# Tokens whose logits an evaluation forms at once, and batches whose hidden states it holds.
+_SCORED_TOKENS, _BATCHES = 256, 3
+# No model is spread over more devices than this by a suggestion.
+_MOST_DEVICES = 4096
+_UNITS = {f"{prefix}{end}": base**n for end, base in (("b", 1000), ("ib", 1024)) for n, prefix in enumerate("kmgt", 1)}
+
+
+# ----------------------------------------------------------------------------------------------------------- uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scoring and generation.
+
+    Attributes:
+      cached: tokens of the longest shared beginning, document or prompt.
+      decoded: tokens of the longest prompt with its continuation; 0 where nothing is generated.
+      rows: rows of 512 tokens that each replica runs at once.
+      slots: sequences that each replica decodes together.
+      on_cpu: whether the devices are CPUs, which hold float32 copies of narrower weights and caches.
+    """
+
+    cached: int
+    decoded: int
+    rows: int = 4
+    slots: int = 8
+    on_cpu: bool = False
+
+    def within(self, window: int) -> "Evaluation":
+        """The same with no sequence of more tokens than `window`."""
+        return dataclasses.replace(self, cached=min(self.cached, window), decoded=min(self.decoded, window))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """Scoring of neurons, and slicing.
+
+    Attributes:
+      stream: whether the weights of only one layer are in memory at a time.
+    """
+
+    stream: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each device.
+
+    Attributes:
+      mesh: replicas, and devices of each.
+      use: what the model is to do.
+      weights: exact, with width padding and what every device holds whole.
+      cache: keys and values, exact; 0 for pruning.
+      workspace: an upper estimate of all else.
+    """
+
+    mesh: MeshShape
+    use: Evaluation | Pruning
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All bytes on one device."""
+        return self.weights + self.cache + self.workspace
+
+    def fits(self, capacity: int) -> bool:
+        """Whether devices of `capacity` bytes hold it, with a tenth to spare (`USABLE`)."""
+        return self.total <= USABLE * capacity
+
+    def summary(self, capacity: int | None = None) -> dict[str, Any]:
+        """The plan as JSON holds it; `capacity` is the bytes of one device, where they are known."""
+        return {
+            "mesh": {"data": self.mesh.data, "model": self.mesh.model},
+            "devices": self.mesh.devices,
+            "bytes_per_device": {
+                "weights": self.weights,
+                "cache": self.cache,
+                "workspace": self.workspace,
+                "total": self.total,
+                "device": capacity,
+            },
+            "fits": None if capacity is None else self.fits(capacity),
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------- plan
+
+
+def plan_memory(model: Llama, shape: MeshShape, use: Evaluation | Pruning) -> MemoryPlan:
+    """What a model takes of each device of a mesh.
+
+    Args:
+      model: may be abstract; its dtypes count, parameter by parameter. It is padded to the devices of a replica, as
+        `gluprune_jax.mesh.shard_model` does, whatever padding it has.
+      shape: of the mesh.
+      use: what the model is to do.
+    """
+    config = dataclasses.replace(model.config, width_multiple=shape.model)
+    mesh = AbstractMesh(axis_sizes(shape, config.num_key_value_heads), MESH_AXES)
+    parameters = dict(_parameter_bytes(model, config, mesh))
+    if isinstance(use, Pruning):
+        layers = [
+            sum(bytes_ for path, bytes_ in parameters.items() if path[:3] == ("layers", i, "mlp"))
+            for i in range(config.num_hidden_layers)
+        ]
+        weights = max(layers) if use.stream else sum(parameters.values())
+        return MemoryPlan(shape, use, weights, 0, _pruning_workspace(config, mesh, max(layers)))
+    itemsize, weights = _itemsize(model), sum(parameters.values())
+    # A row for prefixes and prompts, and the slots; all devices hold how much of each row is filled.
+    rows = [(shape.data, cache_slots(use.cached))]
+    rows += [(shape.data * use.slots, slots_for(use.decoded))] * bool(use.decoded)
+    cache = sum(_cache_bytes(config, mesh, count, size, itemsize) + 4 * count for count, size in rows)
+    workspace = _evaluation_workspace(config, mesh, use, itemsize)
+    if use.on_cpu and itemsize < 4:
+        workspace += (weights + cache) * 4 // itemsize
+    return MemoryPlan(shape, use, weights, cache, workspace)
+
+
+def _bytes(mesh: AbstractMesh, axes: Sequence[str | None], shape: Sequence[int], itemsize: int) -> int:
+    """Bytes that one device holds of an array."""
+    sharding = NamedSharding(mesh, partition_spec(axes, shape, mesh))
+    return math.prod(sharding.shard_shape(tuple(shape))) * itemsize
+
+
+def _parameter_bytes(model: Llama, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Bytes that one device holds of each parameter, by path, its neurons padded as `config` says."""
+    flat: Sequence[tuple[tuple[Any, ...], Any]] = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    for path, variable in flat:
+        weight, axes = variable.get_value(), PARAMETERS[path[-1]]
+        shape = [
+            config.stored_intermediate_sizes[path[1]] if axis == "neurons" else size
+            for axis, size in zip(axes, weight.shape, strict=True)
+        ]
+        yield path, _bytes(mesh, axes, shape, weight.dtype.itemsize)
+
+
+def _cache_bytes(config: ModelConfig, mesh: AbstractMesh, rows: int, slots: int, itemsize: int) -> int:
+    """Bytes that one device holds of the keys and values of all layers."""
+    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+    return 2 * config.num_hidden_layers * _bytes(mesh, CACHE_AXES, shape, itemsize)
+
+
+def _itemsize(model: Llama) -> int:
+    """Bytes of an element of activations and caches."""
+    itemsize: int = model.embed_tokens.get_value().dtype.itemsize
+    return itemsize
+
+
+def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluation, itemsize: int) -> int:
+    """The masks, hidden states of three batches, and the largest of four programs:
+
+    - rows: of one layer, the residual stream (6 arrays, 2 of them float32) and the larger of 3 arrays of the MLP's
+      width and of what attention holds: queries, keys and values, 3 arrays of float32 scores of a block of 256 keys,
+      and 5 of its float32 results;
+    - a chunk of a prompt: the same for one row, and the keys and values of all layers;
+    - 256 scored tokens: 2 arrays of float32 logits;
+    - decoding: 20 arrays of float32 logits, which sampling sorts whole; the keys and values of 16 steps, twice; and
+      one block of the cache.
+    """
+    replicas, D, K = mesh.shape["data"], config.hidden_size, config.num_key_value_heads
+    H, G = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+
+    def layer(rows: int, tokens: int) -> int:
+        def heads(size: int, itemsize: int) -> int:
+            axes = ("batch", "kv_heads", "query_group", None, None)
+            return _bytes(mesh, axes, (rows, K, G, tokens, size), itemsize)
+
+        stream = _bytes(mesh, ("batch", None, None), (rows, tokens, D), 4 * itemsize + 2 * 4)
+        width = max(config.stored_intermediate_sizes)
+        mlp = 3 * _bytes(mesh, ("batch", None, "neurons"), (rows, tokens, width), itemsize)
+        projected = 2 * heads(H, itemsize) + 4 * _bytes(mesh, CACHE_AXES, (rows, K, tokens, H), itemsize)
+        return stream + max(mlp, projected + 3 * heads(KEY_BLOCK, 4) + 5 * heads(H, 4))
+
+    def logits(tokens: int, *axes: str | None) -> int:
+        return _bytes(mesh, axes, (replicas, tokens, config.vocab_size), 4)
+
+    chunk, rows, slots = CHUNKS[-1], replicas * use.rows, replicas * use.slots
+    in_rows = layer(rows, chunk)
+    in_chunk = layer(replicas, chunk) + _cache_bytes(config, mesh, replicas, chunk, itemsize)
+    in_scoring = 2 * logits(_SCORED_TOKENS, "batch", None, "vocab")
+    steps = 2 * _cache_bytes(config, mesh, slots, STEPS_PER_CALL, itemsize)
+    block = 2 * _bytes(mesh, CACHE_AXES, (slots, K, KEY_BLOCK, H), itemsize)
+    in_decoding = layer(slots, 1) + steps + block + 20 * logits(use.slots, "batch", None, None)
+    hidden = _BATCHES * _bytes(mesh, ("batch", None, None), (rows, chunk, D), itemsize)
+    masks = 4 * sum(config.stored_intermediate_sizes)
+    return masks + hidden + max(in_rows, in_chunk, in_scoring, in_decoding)
+
+
+def _pruning_workspace(config: ModelConfig, mesh: AbstractMesh, layer: int) -> int:
+    """The scores, and the larger of what slicing and scoring hold.
+
+    Slicing: the matrices of a layer twice. Scoring: the rows of a matrix in float32, zero-padded to a power of two, and
+    what the sums over halves of them leave, three times in all.
+    """
+    width = max(config.stored_intermediate_sizes)
+    padded = 1 << (config.hidden_size - 1).bit_length()
+    scoring = 3 * _bytes(mesh, ("neurons", None), (width, padded), 4)
+    return 4 * width + max(2 * layer, scoring)
+
+
+# ----------------------------------------------------------------------------------------------------------- mesh
+
+
+def choose_mesh(model: Llama, devices: int, capacity: int | None, use: Evaluation | Pruning) -> MeshShape:
+    """The mesh of `--mesh auto`.
+
+    Pruning divides one model over all devices. Evaluation holds as many replicas as fit: it spreads each over the
+    fewest devices, a divisor of their number, that have the memory.
+
+    Args:
+      model: may be abstract; its dtypes count.
+      devices: how many there are.
+      capacity: bytes of each; None where they are not known, or are CPUs, which share one memory: then each device
+        holds a replica.
+      use: what the model is to do.
+
+    Raises:
+      RequestError: it fits on no mesh of so many devices; with what would help.
+    """
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    candidates = [MeshShape(devices // size, size) for size in sizes]
+    if isinstance(use, Pruning):
+        candidates = candidates[-1:]
+    if capacity is None:
+        return candidates[0]
+    plans = [plan_memory(model, shape, use) for shape in candidates]
+    chosen = next((plan for plan in plans if plan.fits(capacity)), None)
+    if chosen is None:
+        chosen = min(plans, key=lambda plan: plan.total)
+        check_fits(model, chosen, capacity)
+    return chosen.mesh
+
+
+def check_fits(model: Llama, plan: MemoryPlan, capacity: int) -> None:
+    """Makes sure that a plan fits on its devices.
+
+    Args:
+      model: that of the plan.
+      plan: from `plan_memory`.
+      capacity: bytes of each device.
+
+    Raises:
+      RequestError: it does not; with those changes that alone would help.
+    """
+    if plan.fits(capacity):
+        return
+    parts = {"weights": plan.weights, "cache": plan.cache, "workspace": plan.workspace}
+    spelled = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    remedies = list(_remedies(model, plan, capacity))
+    does = ", or ".join(remedies) if remedies else "no single change; fewer tokens, a smaller batch or larger devices"
+    raise RequestError(
+        f"on the mesh {plan.mesh} the model needs {format_bytes(plan.total)} of each device ({spelled}), and of the "
+        f"{format_bytes(capacity)} that one has at most {float(USABLE):.0%} are used; what would do: {does}"
+    )
+
+
+def _remedies(model: Llama, plan: MemoryPlan, capacity: int) -> Iterator[str]:
+    """Changes each of which would make a plan fit, as the user would spell them."""
+    shape, use = plan.mesh, plan.use
+
+    def fits(shape: MeshShape = shape, use: Evaluation | Pruning = use, model: Llama = model) -> bool:
+        return plan_memory(model, shape, use).fits(capacity)
+
+    wider = (size for size in range(shape.model + 1, shape.devices + 1) if shape.devices % size == 0)
+    spread = (MeshShape(shape.devices // size, size) for size in wider)
+    if other := next((other for other in spread if fits(other)), None):
+        yield f"--mesh {other}"
+    if isinstance(use, Pruning):
+        if not use.stream and fits(use=Pruning(stream=True)):
+            yield "--stream"
+    else:
+        rows = max(use.rows, use.slots)
+        smaller = (rows >> n for n in range(1, rows.bit_length()))
+        if size := next((n for n in smaller if fits(use=dataclasses.replace(use, rows=n, slots=n))), None):
+            yield f"--batch-size {size}"
+        longest = max(use.cached, use.decoded)
+        shorter = (1 << n for n in reversed(range(7, (longest - 1).bit_length())))
+        if size := next((n for n in shorter if fits(use=use.within(n))), None):
+            yield f"--max-length {size}"
+    wide = any(weight.dtype.itemsize > 2 for weight in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    if wide and fits(model=abstract_model(model.config, jnp.bfloat16)):
+        yield "--dtype bfloat16"
+    if other is None:
+        # Powers of two, as devices come: others divide few models.
+        counts = (1 << n for n in range(shape.devices.bit_length(), _MOST_DEVICES.bit_length()))
+        if count := next((count for count in counts if fits(MeshShape(1, count))), None):
+            yield f"{count} such devices and --mesh model={count}"
+
+
+# ---------------------------------------------------------------------------------------------------------- table
+
+
+def show_plan(plan: MemoryPlan, capacity: int | None, console: Console) -> None:
+    """Prints a plan as a table; `capacity` is the bytes of one device, where they are known."""
+    devices = f"{plan.mesh.devices} device{'s' * (plan.mesh.devices > 1)}"
+    table = Table(title=f"memory of each device, {plan.mesh} ({devices})", title_justify="left")
+    for column in ("", "bytes per device", "of the device"):
+        table.add_column(column, justify="right" if column else "left")
+    parts = {"weights": plan.weights, "cache": plan.cache, "workspace, at most": plan.workspace, "total": plan.total}
+    for name, size in parts.items():
+        if name == "total":
+            table.add_section()
+        table.add_row(name, format_bytes(size), "" if capacity is None else f"{size / capacity:.1%}")
+    if capacity is not None:
+        table.add_row("the device", format_bytes(capacity), "100.0%")
+    console.print(table)
+
+
+# -------------------------------------------------------------------------------------------------------- machine
+
+
+def parse_bytes(text: str, flag: str = "--device-memory") -> int:
+    """Bytes as a flag spells them: "16GiB", "80 GB", "1.5 TiB"; units of 1000 and of 1024, in any case.
+
+    Raises:
+      RequestError: anything else, and less than a byte.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([a-z]+)\s*", text, re.IGNORECASE | re.ASCII)
+    scale = _UNITS.get(match[2].lower()) if match else None
+    size = int(Fraction(match[1]) * scale) if match and scale else 0
+    if size < 1:
+        raise RequestError(f"{flag} is {text!r}; write a positive number and its unit, such as 16GiB or 80GB")
+    return size
+
+
+def device_memory() -> int | None:
+    """Bytes of one device for JAX to use, or None where it does not say.
+
+    CPU devices share the host's memory: an equal part of what is available of it.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return _host_memory() // jax.local_device_count()
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit)
+
+
+def free_memory() -> int:
+    """Bytes that are free on the first device; of the host's memory, where that is the device's, an equal part."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    return _host_memory() // jax.local_device_count()
+
+
+def _host_memory() -> int:
+    """Bytes available on this host."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        available = next((line for line in file if line.startswith("MemAvailable:")), None)
+        if available:
+            return int(available.split()[1]) * 1024
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has no former
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
