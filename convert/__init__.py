@@ -1,6 +1,6 @@
 """Between other people's files and our model: Hugging Face safetensors both ways, GGUF in, Orbax both ways."""
 
 from convert.checkpoint import Checkpoint
-from convert.store import load, save
+from convert.store import describe, load, save
 
-__all__ = ["Checkpoint", "load", "save"]
+__all__ = ["Checkpoint", "describe", "load", "save"]

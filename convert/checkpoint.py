@@ -19,8 +19,8 @@ from gluprune_jax.model import Llama, ModelConfig, abstract_model
 from gluprune_jax.plan import PruningPlan
 from gluprune_jax.slicing import slice_model
 
-# Chooses the mesh for a model of an architecture whose weights take so many bytes; None is the default device.
-MeshChoice = Callable[[ModelConfig, int], Mesh | None]
+# Chooses the mesh for a model, of which there are only shapes and dtypes yet; None is the default device.
+MeshChoice = Callable[[Llama], Mesh | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +117,10 @@ def too_large(name: str, dtype: np.dtype[Any]) -> RequestError:
     return RequestError(f"{name} holds values too large for {dtype}; accepted: a dtype of wider range")
 
 
-def choose_mesh(choice: MeshChoice | None, config: ModelConfig, nbytes: int) -> tuple[Mesh | None, ModelConfig]:
-    """The mesh for a model, and its config with the storage padding that this mesh asks for."""
-    mesh = choice(config, nbytes) if choice else None
-    return mesh, dataclasses.replace(config, width_multiple=shape_of(mesh).model)
+def choose_mesh(choice: MeshChoice | None, model: Llama) -> tuple[Mesh | None, ModelConfig]:
+    """The mesh for an abstract model, and its config with the storage padding that this mesh asks for."""
+    mesh = choice(model) if choice else None
+    return mesh, dataclasses.replace(model.config, width_multiple=shape_of(mesh).model)
 
 
 def abstract_weights(config: ModelConfig, dtypes: Mapping[str, Any]) -> Llama:

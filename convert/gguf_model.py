@@ -21,7 +21,15 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
 from convert import shards
-from convert.checkpoint import Checkpoint, MeshChoice, build_model, cast, choose_mesh, parameter_shapes
+from convert.checkpoint import (
+    Checkpoint,
+    MeshChoice,
+    abstract_weights,
+    build_model,
+    cast,
+    choose_mesh,
+    parameter_shapes,
+)
 from convert.gguf_tokenizer import special_token_ids, token_id, tokenizer_assets
 from convert.names import tensor_names
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
@@ -110,8 +118,8 @@ def _read(
     _check_tensors(config, tensors)
 
     wanted = [(name, tensors[name.gguf]) for name in tensor_names(config)]
-    in_memory = sum(int(tensor.n_elements) * (dtype or _dtype(tensor)).itemsize for _, tensor in wanted)
-    chosen, config = choose_mesh(mesh, config, in_memory)
+    abstract = abstract_weights(config, {name.hf: dtype or _dtype(tensor) for name, tensor in wanted})
+    chosen, config = choose_mesh(mesh, abstract)
     logical = parameter_shapes(dataclasses.replace(config, width_multiple=1))
     stored = parameter_shapes(config)
     total = sum(int(tensor.n_bytes) for _, tensor in wanted)

@@ -151,8 +151,7 @@ class StreamedCheckpoint(Checkpoint):
           OperationError: the files cannot be read; NaN or Inf.
         """
         names = {name.hf: name for name in tensor_names(self.config)}
-        nbytes = sum(array.size * array.dtype.itemsize for _, array in model_arrays(self.model))
-        chosen, config = choose_mesh(mesh, self.config, nbytes)
+        chosen, config = choose_mesh(mesh, self.model)
         read = self.array if chosen is None else self._reader(chosen, config)
         total, done = sum(tensor.nbytes for tensor in self.stored.values()), 0
         arrays = {}

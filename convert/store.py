@@ -67,9 +67,8 @@ def load(
       stream: leaves the weights of a Hugging Face folder or hub id in their files until each is asked for: enough to
         score, prune and save, in the memory of a few tensors (see `StreamedCheckpoint`). Other formats are loaded.
       progress: called with what is being done, the bytes done and the bytes in all.
-      mesh: chooses the mesh that the weights are spread over, once the architecture is known and before any weight is
-        read: called with the config and the bytes that the weights will take in memory (all replicas share one count,
-        storage padding is left out), it gives a mesh of `gluprune_jax.mesh`, or None for the default device. Given a
+      mesh: chooses the mesh that the weights are spread over, before any is read: called with the model of which only
+        shapes and dtypes are known yet, it gives a mesh of `gluprune_jax.mesh`, or None for the default device. Given a
         choice, every process must call `load`, each reads the parts of its own devices, and if one fails all do.
         Weights that `stream` leaves in their files are on no mesh.
 
@@ -79,6 +78,27 @@ def load(
     """
     with failing_together() if mesh else contextlib.nullcontext():
         return _load(name, dtype, revision, stream, progress, mesh)
+
+
+def describe(name: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Llama:
+    """The model with shapes and dtypes in place of arrays: of the files no weight is read.
+
+    Raises:
+      RequestError, OperationError: as `load`, as far as headers show it.
+    """
+
+    class Described(Exception):  # noqa: N818  (leaves the loader where it would begin to read)
+        pass
+
+    described: list[Llama] = []
+
+    def stop(model: Llama) -> None:
+        described.append(model)
+        raise Described
+
+    with contextlib.suppress(Described):
+        _load(name, dtype, revision, False, None, stop)
+    return described[0]
 
 
 def parse_formats(text: str) -> list[str]:
@@ -202,9 +222,8 @@ def _read_orbax(
     path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None, choice: MeshChoice | None
 ) -> Checkpoint:
     opened = open_orbax(path)
-    config, metadata = opened.config, opened.metadata
-    nbytes = opened.nbytes if dtype is None else config.num_parameters * dtype.itemsize
-    mesh, config = choose_mesh(choice, config, nbytes)
+    metadata = opened.metadata
+    mesh, config = choose_mesh(choice, opened.abstract_model(dtype))
     # The padding is that of the mesh it is loaded onto, not of the one it was saved from.
     rule = None if mesh is None else lambda path, leaf: parameter_sharding(mesh, path, leaf.shape)
     model = opened.load(rule, config.width_multiple)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model
@@ -87,11 +87,11 @@ class OpenedOrbax:
     metadata: Mapping[str, Any]
     dtypes: Mapping[tuple[str, ...], Any]
 
-    @property
-    def nbytes(self) -> int:
-        """What the arrays take in memory, without storage padding."""
-        flat = _parameters(dataclasses.replace(self.config, width_multiple=1))
-        return sum(leaf.size * np.dtype(self.dtypes[_names(at)]).itemsize for at, leaf in flat.items())
+    def abstract_model(self, dtype: DTypeLike | None = None) -> Llama:
+        """The model with shapes and dtypes in place of arrays, without storage padding; all of one dtype, if given."""
+        config = dataclasses.replace(self.config, width_multiple=1)
+        leaves = {_names(at): leaf for at, leaf in _parameters(config).items()}
+        return _filled(config, {at: leaf.update(dtype=dtype or self.dtypes[at]) for at, leaf in leaves.items()})
 
     def load(self, shardings: ShardingRule | None = None, width_multiple: int | None = None) -> Llama:
         """Loads the arrays; for the arguments and errors see `load_orbax`."""
@@ -111,10 +111,7 @@ class OpenedOrbax:
         context.array.loading.enable_padding_and_truncation = config != self.config
         with _calling_orbax(_unreadable(self.path)), context:
             arrays = _flat(ocp.load_checkpointables(self.path, {_ITEM: _nested(wanted)})[_ITEM])
-        graphdef, state = nnx.split(abstract_model(config))
-        flat = [(at, variable.replace(arrays[_names(at)])) for at, variable in nnx.to_flat_state(state)]
-        model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
-        return model
+        return _filled(config, arrays)
 
 
 def open_orbax(path: Path) -> OpenedOrbax:
@@ -157,6 +154,13 @@ def load_orbax(
     """
     opened = open_orbax(path)
     return opened.load(shardings, width_multiple), dict(opened.metadata)
+
+
+def _filled(config: ModelConfig, arrays: Mapping[tuple[str, ...], Any]) -> Llama:
+    graphdef, state = nnx.split(abstract_model(config))
+    flat = [(at, variable.replace(arrays[_names(at)])) for at, variable in nnx.to_flat_state(state)]
+    model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return model
 
 
 @contextlib.contextmanager

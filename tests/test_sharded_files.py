@@ -25,7 +25,7 @@ from evals.setting import weights_digest
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import score
 from gluprune_jax.mesh import MeshShape, make_mesh, mesh_of, parameter_sharding, shape_of, shard_model
-from gluprune_jax.model import ModelConfig
+from gluprune_jax.model import Llama
 from gluprune_jax.plan import make_plan
 
 SHAPES = [(1, 1), (1, 2), (2, 2), (1, 4), (1, 8), (2, 4), (8, 1)]
@@ -40,7 +40,7 @@ ROWS, COLUMNS = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_
 
 
 def on(data: int, model: int) -> MeshChoice:
-    return lambda config, nbytes: make_mesh(MeshShape(data, model), config.num_key_value_heads)
+    return lambda abstract: make_mesh(MeshShape(data, model), abstract.config.num_key_value_heads)
 
 
 def arrays(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -135,26 +135,30 @@ def test_where_each_parameter_lives(even: Path) -> None:
         assert {shard.data.shape for shard in array.addressable_shards} == {shape}, what
 
 
+def shapes(model: Llama) -> dict[Any, Any]:
+    return {name.hf: (array.shape, array.dtype) for name, array in model_arrays(model)}
+
+
 def test_the_mesh_is_chosen_before_any_weight_is_read(even: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
 
-    def choose(config: ModelConfig, nbytes: int) -> None:
-        chosen.append((config, nbytes))
+    def choose(abstract: Llama) -> None:
+        chosen.append(abstract)
         raise RequestError("no such mesh")
 
     monkeypatch.setattr(os, "preadv", None)
     with pytest.raises(RequestError, match="no such mesh"):
         convert.load(even, mesh=choose)
-    ((config, nbytes),) = chosen
-    assert config.intermediate_sizes == (73, 73)
-    assert nbytes == 4 * config.num_parameters
+    assert chosen[0].config.intermediate_sizes == (73, 73)
+    assert {str(dtype) for _, dtype in shapes(chosen[0]).values()} == {"float32"}
     with pytest.raises(RequestError, match="no such mesh"):
         convert.load(even, mesh=choose, dtype="bfloat16")
-    assert chosen[1] == (config, 2 * config.num_parameters)
+    assert {str(dtype) for _, dtype in shapes(chosen[1]).values()} == {"bfloat16"}
+    assert shapes(convert.describe(even, dtype="bfloat16")) == shapes(chosen[1])
 
 
 def test_no_mesh_is_the_default_device(even: Path) -> None:
-    loaded = convert.load(even, mesh=lambda config, nbytes: None)
+    loaded = convert.load(even, mesh=lambda abstract: None)
     assert mesh_of(loaded.model) is None
     assert loaded.config == convert.load(even).config
 
@@ -368,9 +372,9 @@ def test_orbax_from_any_mesh_onto_any_other(
     assert unpadded.config == plain.config  # the padding stays behind with the mesh
     assert mesh_of(unpadded.model) is None
     assert weights_digest(unpadded) == weights_digest(plain)
-    sizes = []
-    convert.load(tmp_path / "orbax", mesh=lambda config, nbytes: sizes.append((config.num_parameters, nbytes)))
-    assert sizes == [(plain.config.num_parameters, sum(array.nbytes for array in arrays(plain).values()))]
+    told: list[Any] = []
+    convert.load(tmp_path / "orbax", mesh=lambda abstract: told.append(shapes(abstract)))
+    assert told == [shapes(plain.model)]
     convert.save(convert.load(tmp_path / "orbax", mesh=on(2, 4)), tmp_path / "again")
     convert.save(plain, tmp_path / "plain")
     assert contents(tmp_path / "again") == contents(tmp_path / "plain")
@@ -393,6 +397,7 @@ from evals.setting import weights_digest
 from gluprune_jax.distributed import broadcast_from_main, gather_from_all
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.mesh import MeshShape, make_mesh
+from gluprune_jax.model import Llama
 
 count, preadv = 0, os.preadv
 def counting(*arguments):
@@ -403,7 +408,7 @@ def counting(*arguments):
 os.preadv = counting
 
 def on(data, model):
-    return lambda config, nbytes: make_mesh(MeshShape(data, model), config.num_key_value_heads)
+    return lambda abstract: make_mesh(MeshShape(data, model), abstract.config.num_key_value_heads)
 
 def refusal(function):
     try:
