@@ -8,8 +8,10 @@ from pathlib import Path
 
 import convert
 from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
-from gluprune_jax import terminal
+from gluprune_jax import devices, terminal
 from gluprune_jax.atomic import check_target
+from gluprune_jax.distributed import failing_together, is_main
+from gluprune_jax.memory import Pruning
 
 DESCRIPTION = """\
 Converts a Llama-family checkpoint between formats without changing a bit of its weights (unless --dtype asks).
@@ -31,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="cast all weights (otherwise each stays as it is stored)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    devices.add_arguments(parser, "from file to file where that is possible, else one model over all devices")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -40,15 +43,24 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     args = parser().parse_args(argv)
-    return terminal.run("convert", lambda: _convert(args), debug=args.debug)
+    return terminal.run("convert", lambda: _convert(args), debug=args.debug, processes=args)
 
 
 def _convert(args: argparse.Namespace) -> None:
     formats = parse_formats(args.format)
-    check_target(args.output, args.overwrite)
-    refuse_own_folder(args.model, args.output)
+    with failing_together():
+        if is_main():
+            check_target(args.output, args.overwrite)
+            refuse_own_folder(args.model, args.output)
     with terminal.byte_progress() as progress:
-        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, stream=True, progress=progress)
+        checkpoint = convert.load(
+            args.model,
+            dtype=args.dtype,
+            revision=args.revision,
+            stream=args.mesh == "auto" and not args.distributed and "orbax" not in formats,
+            mesh=devices.chooses(args, Pruning()),
+            progress=progress,
+        )
         convert.save(checkpoint, args.output, formats=formats, overwrite=args.overwrite, progress=progress)
     if args.json:
         report = {

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,10 +23,15 @@ from evals.results import Result, SettingResults, check_output, load_results, op
 from evals.setting import Setting, describe_setting
 from evals.suites import SUITES, Benchmark, find_suite, resolve_tasks, task_manager, with_num_fewshot
 from evals.table import format_value, results_json, results_table
-from gluprune_jax import terminal
+from gluprune_jax import devices, terminal
+from gluprune_jax.distributed import failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import fingerprint
+from gluprune_jax.memory import Evaluation, show_plan
 from gluprune_jax.plan import PruningPlan
+
+# What memory is planned for: the longest page of WikiText, and the longest answer with its prompt.
+_DOCUMENT_TOKENS, _ANSWER_TOKENS = 16896, 2048
 
 DESCRIPTION = """\
 Evaluates a Llama-family model on the tasks of lm-evaluation-harness, in JAX, and stores the results with the outcome
@@ -90,9 +96,13 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="results folder")
     how.add_argument("--batch-size", type=int, metavar="N", help="rows of a batch (otherwise by the memory there is)")
     how.add_argument("--max-length", type=int, metavar="N", help="tokens of the window, if fewer than the model's")
+    how.add_argument(
+        "--dry-run", action="store_true", help="show what the model takes of each device, and load nothing"
+    )
     how.add_argument("--programs", action="store_true", help="list the programs that were compiled")
     how.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     how.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    devices.add_arguments(parser, "as many replicas as fit")
     return parser
 
 
@@ -115,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return terminal.run("evals", _check_installed, debug=False) or _lm_eval(argv[1:])
     args = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "evals", *argv])
-    return terminal.run("evals", lambda: _evaluate(args, command), debug=args.debug)
+    return terminal.run("evals", lambda: _evaluate(args, command), debug=args.debug, processes=args)
 
 
 def _lm_eval(argv: Sequence[str]) -> int:
@@ -131,9 +141,13 @@ def _check_installed() -> None:
 
 
 def _evaluate(args: argparse.Namespace, command: str) -> None:
-    limit = _check_request(args)
-    _check_installed()
-    plan = None if args.mask is None else PruningPlan.load(args.mask)
+    with failing_together():
+        limit = _check_request(args)
+        _check_installed()
+        plan = None if args.mask is None else PruningPlan.load(args.mask)
+    if args.dry_run:
+        _show_memory(args)
+        return
     try:
         _run(args, limit, plan, command)
     except KeyboardInterrupt:
@@ -150,7 +164,8 @@ def _check_request(args: argparse.Namespace) -> int | float | None:
             raise RequestError(f"--{flag.replace('_', '-')} is {value}; it must be at least {least}")
     if args.include_path is not None and not args.include_path.is_dir():
         raise RequestError(f"--include-path {args.include_path} is no folder; give one with task definitions")
-    check_output(args.output)
+    if is_main():
+        check_output(args.output)
     suite = find_suite(args.suite) if args.suite else None
     if args.limit is None:
         return suite.limit if suite else None
@@ -175,10 +190,11 @@ def _run(args: argparse.Namespace, limit: int | float | None, plan: PruningPlan 
     from evals.backend import GlupruneLM
     from evals.run import evaluate, load_benchmarks
 
-    benchmarks, manager = _benchmarks(args)
-    data_dir = _data_dir(args.data_dir)
-    with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
-        loaded = load_benchmarks(benchmarks, manager, data_dir=data_dir, note=_note, on_loaded=progress)
+    with failing_together():
+        benchmarks, manager = _benchmarks(args)
+        data_dir = _data_dir(args.data_dir)
+        with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
+            loaded = load_benchmarks(benchmarks, manager, data_dir=data_dir, note=_note, on_loaded=progress)
     _use_compilation_cache()
     checkpoint, setting = _load_model(args, plan)
     with open_setting(args.output, setting) as folder:
@@ -232,7 +248,13 @@ def _benchmarks(args: argparse.Namespace) -> tuple[Sequence[Benchmark], Any]:
 
 def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[convert.Checkpoint, Setting]:
     with terminal.byte_progress() as progress:
-        checkpoint = convert.load(args.model, dtype=args.dtype, revision=args.revision, progress=progress)
+        checkpoint = convert.load(
+            args.model,
+            dtype=args.dtype,
+            revision=args.revision,
+            mesh=devices.chooses(args, _use(args)),
+            progress=progress,
+        )
         for note in checkpoint.notes:
             _note(note)
         setting = describe_setting(
@@ -250,6 +272,23 @@ def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[con
             f"the weights are {setting.dtype}, in which CPUs compute slowly; --dtype float32 is faster and more exact"
         )
     return checkpoint, setting
+
+
+def _use(args: argparse.Namespace) -> Evaluation:
+    """What the devices need memory for, before it is known what the benchmarks ask."""
+    most = {name: size for name, size in (("rows", args.batch_size), ("slots", args.batch_size)) if size}
+    on_cpu = jax.default_backend() == "cpu"
+    use = Evaluation(cached=_DOCUMENT_TOKENS, decoded=_ANSWER_TOKENS, on_cpu=on_cpu)
+    return dataclasses.replace(use if args.max_length is None else use.within(args.max_length), **most)
+
+
+def _show_memory(args: argparse.Namespace) -> None:
+    model = convert.describe(args.model, dtype=args.dtype, revision=args.revision)
+    memory, capacity = devices.plan(args, model, _use(args))
+    if args.json:
+        print(json.dumps({"model": args.model, "memory": memory.summary(capacity)}, indent=1))
+    else:
+        show_plan(memory, capacity, _console())
 
 
 def _use_compilation_cache() -> None:

@@ -44,11 +44,13 @@ def plan(args: argparse.Namespace, model: Llama, use: Evaluation | Pruning) -> t
     Args:
       args: the options.
       model: may be abstract.
-      use: what the model is to do.
+      use: what the model is to do; no sequence is longer than its window.
 
     Raises:
       RequestError: options that are spelled wrongly, or memory that does not suffice; with what would.
     """
+    if isinstance(use, Evaluation):
+        use = use.within(model.config.max_position_embeddings)
     shape = parse_mesh(args.mesh)
     capacity = device_memory() if args.device_memory is None else parse_bytes(args.device_memory)
     if shape is None:

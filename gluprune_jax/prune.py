@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -19,16 +20,19 @@ from convert.model_card import model_card
 from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
-from gluprune_jax import terminal
+from gluprune_jax import devices, terminal
 from gluprune_jax.atomic import check_file, check_target
+from gluprune_jax.distributed import failing_together, is_main
 from gluprune_jax.errors import GlupruneError, RequestError
 from gluprune_jax.generation import generate
 from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
+from gluprune_jax.memory import Evaluation, Pruning, show_plan
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import PruningPlan, make_plan, parse_layers, width_for_expansion_ratio, width_for_percent
 from gluprune_jax.report import changes, show
 
 PLAN_FILE = "gluprune_plan.json"
+_PROMPT_TOKENS = 1024  # that memory is planned for
 
 Masks = tuple[NDArray[np.float32], ...] | None
 
@@ -86,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--dry-run", action="store_true", help="show what would change and write nothing")
     output.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
+    devices.add_arguments(parser, "one model over all devices, or to measure as many replicas as fit")
     measure = parser.add_argument_group("what to measure, before and after")
     measure.add_argument(
         "--evaluate",
@@ -110,21 +115,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "gluprune_jax.prune", *argv])
-    return terminal.run("gluprune", lambda: _prune(args, command), debug=args.debug)
+    return terminal.run("gluprune", lambda: _prune(args, command), debug=args.debug, processes=args)
 
 
 def _prune(args: argparse.Namespace, command: str) -> None:
     formats = _check_request(args)
     measuring = bool(args.evaluate) or args.sample is not None
-    texts = [read_text(name) for name in args.evaluate or ()]
-    plan = None if args.plan is None else PruningPlan.load(args.plan)
+    with failing_together():
+        if is_main():
+            _check_outputs(args)
+        texts = [read_text(name) for name in args.evaluate or ()]
+        plan = None if args.plan is None else PruningPlan.load(args.plan)
+        memory = _plan_memory(args) if args.dry_run else None
     clock = _Clock()
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(
             args.model,
             dtype=args.dtype,
             revision=args.revision,
-            stream=not measuring,  # to measure, all of the model must be in memory
+            stream=args.dry_run or _streams(args),
+            mesh=None if args.dry_run else devices.chooses(args, _use(args)),  # its devices need not be there
             progress=progress,
         )
     model, dense = checkpoint.model, checkpoint.config
@@ -141,6 +151,8 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             weights = checkpoint.mlp_weights()
             plan.check_fits(dense, fingerprint(model, weights=weights, on_layer=lambda i: progress(i + 1)))
     report = {"model": args.model, **changes(model, plan)}
+    if memory:
+        report["memory"] = memory
     clock.lap("score")
     if args.output and not args.dry_run:
         measure = _Measurements(args, checkpoint, texts) if measuring else None
@@ -170,13 +182,42 @@ def _prune(args: argparse.Namespace, command: str) -> None:
         clock.lap("save")
         report |= {"output": str(args.output), "formats": formats}
     if args.plan_out and not args.dry_run:
-        plan.save(args.plan_out, overwrite=args.overwrite)
+        with failing_together():
+            if is_main():
+                plan.save(args.plan_out, overwrite=args.overwrite)
         report["plan_out"] = str(args.plan_out)
     report["seconds"] = clock.seconds
     if args.json:
         print(json.dumps(report, indent=1))
     else:
-        show(report, Console(highlight=False, soft_wrap=True, emoji=False))
+        show(report, _console())
+
+
+def _streams(args: argparse.Namespace) -> bool:
+    """Whether the weights may stay in their files: nothing asks for the model in the memory of certain devices."""
+    return not (args.evaluate or args.sample is not None or args.mesh != "auto" or args.distributed)
+
+
+def _use(args: argparse.Namespace) -> Evaluation | Pruning:
+    """What the devices need memory for."""
+    if not args.evaluate and args.sample is None:
+        return Pruning(stream=_streams(args))
+    decoded = 0 if args.sample is None else _PROMPT_TOKENS + args.sample_tokens
+    on_cpu = jax.default_backend() == "cpu"
+    return Evaluation(cached=max(args.window, decoded), decoded=decoded, slots=1, on_cpu=on_cpu)
+
+
+def _plan_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Shows what the model will take of each device, before any of it is loaded."""
+    model = convert.describe(args.model, dtype=args.dtype, revision=args.revision)
+    plan, capacity = devices.plan(args, model, _use(args))
+    if not args.json:
+        show_plan(plan, capacity, _console())
+    return plan.summary(capacity)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 class _Clock:
@@ -215,14 +256,18 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         width_for_expansion_ratio(args.expansion_ratio, 1)
     if args.prune_percent is not None:
         width_for_percent(args.prune_percent, 1)
+    return formats
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuses what could not be written."""
     if args.dry_run:
-        return formats
+        return
     if args.output:
         check_target(args.output, args.overwrite)
         refuse_own_folder(args.model, args.output)
     if args.plan_out:
         _check_plan_out(args)
-    return formats
 
 
 def _check_plan_out(args: argparse.Namespace) -> None:

@@ -397,7 +397,6 @@ from evals.setting import weights_digest
 from gluprune_jax.distributed import broadcast_from_main, gather_from_all
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.mesh import MeshShape, make_mesh
-from gluprune_jax.model import Llama
 
 count, preadv = 0, os.preadv
 def counting(*arguments):
