@@ -54,8 +54,8 @@ def run(name: str, command: Callable[[], None], *, debug: bool, processes: argpa
         if processes is not None:
             distributed.connect(processes)
             together = jax.distributed.is_initialized()
-        if distributed.is_silent():
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
+        if together:
+            _keep_standard_output()
     except GlupruneError as error:  # of connecting
         if debug:
             raise
@@ -68,6 +68,14 @@ def run(name: str, command: Callable[[], None], *, debug: bool, processes: argpa
         # The interpreter would first wait for the other processes, which wait for this one.
         os._exit(status)
     return status
+
+
+def _keep_standard_output() -> None:
+    """Keeps the standard output to ourselves, and in all processes but the first one to nobody, until they end."""
+    sys.stdout.flush()
+    ours = os.devnull if distributed.is_silent() else os.dup(1)
+    sys.stdout = open(ours, "w", encoding="utf-8")  # noqa: SIM115
+    os.dup2(2, 1)  # the library that connects CPUs prints there
 
 
 def _run(name: str, command: Callable[[], None], debug: bool) -> int:
