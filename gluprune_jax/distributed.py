@@ -45,15 +45,12 @@ def failing_together() -> Iterator[None]:
     Raises:
       RequestError, OperationError: another process failed; which, and why. The one that failed raises its own error.
     """
-    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        own = error
-    text = "" if own is None else f"{isinstance(own, RequestError):d}{_sentence(own)}"
-    answers = gather_from_all(text.encode())
-    if own is not None:
-        raise own
+        gather_from_all(f"{isinstance(error, RequestError):d}{_sentence(error)}".encode())
+        raise
+    answers = gather_from_all(b"")
     for process, answer in enumerate(answers):
         if answer:
             kind = RequestError if answer[:1] == b"1" else OperationError
