@@ -438,6 +438,9 @@ for data, model in ((2, 2), (1, 4)):
 kind, text = refusal(lambda: convert.load(folder / ("model" if index == 0 else "missing"), mesh=on(1, 4)))
 assert kind == "RequestError" and "there is no model" in text, text
 assert text.startswith("process 1 of 2: ") == (index == 0), text
+missing = folder / ("out-2-2" if index else "missing") / "orbax"
+kind, text = refusal(lambda: convert.load(missing, mesh=on(1, 4)))
+assert kind == "RequestError" and text.startswith("process 0 of 2: ") == (index == 1), text
 kind, text = refusal(lambda: convert.save(checkpoint, folder / "hf", formats=["hf"]))
 assert kind == "RequestError" and "exists; choose another path" in text, text
 plain = convert.load(folder / "model")
