@@ -34,7 +34,7 @@ from convert.huggingface import (
 )
 from convert.safetensors_files import DTYPES
 from gluprune_jax.atomic import staged_directory
-from gluprune_jax.checkpoint import is_orbax, open_orbax, save_orbax
+from gluprune_jax.checkpoint import OpenedOrbax, is_orbax, open_orbax, save_orbax
 from gluprune_jax.distributed import broadcast_from_main, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.mesh import mesh_of, parameter_sharding, to_host
@@ -76,8 +76,11 @@ def load(
       RequestError: no such model, or one of a family, dtype or format that is not supported.
       OperationError: damaged files, tensors missing or too many, NaN or Inf weights, no network.
     """
-    with failing_together() if mesh else contextlib.nullcontext():
-        return _load(name, dtype, revision, stream, progress, mesh)
+    together = failing_together if mesh else contextlib.nullcontext
+    with together():  # by itself: Orbax makes processes wait for each other while it loads
+        weights = _open(name, dtype, revision, stream, progress, mesh)
+    with together():
+        return weights()
 
 
 def describe(name: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Llama:
@@ -97,7 +100,7 @@ def describe(name: str | Path, *, dtype: str | None = None, revision: str | None
         raise Described
 
     with contextlib.suppress(Described):
-        _load(name, dtype, revision, False, None, stop)
+        _open(name, dtype, revision, False, None, stop)()
     return described[0]
 
 
@@ -178,14 +181,15 @@ def save(
                 (folder / file).write_text(text, encoding="utf-8")
 
 
-def _load(
+def _open(
     name: str | Path,
     dtype: str | None,
     revision: str | None,
     stream: bool,
     progress: Progress | None,
     mesh: MeshChoice | None,
-) -> Checkpoint:
+) -> Callable[[], Checkpoint]:
+    """Finds a model and checks all but its weights, which the result loads."""
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
     target = next((d for d in DTYPES.values() if d.name == dtype), None)
@@ -193,20 +197,21 @@ def _load(
     if revision is not None and (path.exists() or str(name) == "demo"):
         raise RequestError(f"--revision {revision} belongs to a hub id; {name} is not one")
     if str(name) == "demo":
-        return dataclasses.replace(
-            read_gguf(demo_path(), target, progress, mesh), source="SmolLM2-135M-Instruct (demo)"
-        )
+        demo, source = demo_path(), "SmolLM2-135M-Instruct (demo)"
+        return lambda: dataclasses.replace(read_gguf(demo, target, progress, mesh), source=source)
     if path.is_file():
         if path.suffix != ".gguf":
             raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
-        return read_gguf(path, target, progress, mesh)
+        return lambda: read_gguf(path, target, progress, mesh)
     if path.is_dir():
         if is_orbax(path):
             # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
             path = path.resolve()
-            return _read_orbax(path, path.parent if path.name == "orbax" else path, str(name), target, mesh)
+            opened_orbax, assets = open_orbax(path), path.parent if path.name == "orbax" else path
+            return lambda: _read_orbax(opened_orbax, assets, str(name), target, mesh)
         if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
-            return _read_orbax(path / "orbax", path, str(name), target, mesh)
+            opened_orbax = open_orbax(path / "orbax")
+            return lambda: _read_orbax(opened_orbax, path, str(name), target, mesh)
         folder = path
     elif looks_like_hub_id(str(name)):
         folder = hub_snapshot(str(name), revision)
@@ -215,14 +220,13 @@ def _load(
             f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'"
         )
     opened = open_huggingface(folder, str(name), target)
-    return opened if stream else opened.load(progress, mesh)
+    return lambda: opened if stream else opened.load(progress, mesh)
 
 
 def _read_orbax(
-    path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None, choice: MeshChoice | None
+    opened: OpenedOrbax, assets: Path, source: str, dtype: np.dtype[Any] | None, choice: MeshChoice | None
 ) -> Checkpoint:
-    opened = open_orbax(path)
-    metadata = opened.metadata
+    path, metadata = opened.path, opened.metadata
     mesh, config = choose_mesh(choice, opened.abstract_model(dtype))
     # The padding is that of the mesh it is loaded onto, not of the one it was saved from.
     rule = None if mesh is None else lambda path, leaf: parameter_sharding(mesh, path, leaf.shape)

@@ -126,17 +126,14 @@ def failing_together() -> Iterator[None]:
     Raises:
       RequestError, OperationError: another process failed; which, and why. The one that failed raises its own error.
     """
-    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        own = error
-    text = "" if own is None else f"{isinstance(own, RequestError):d}{_sentence(own)}"
-    answers = gather_from_all(text.encode())
-    if own is not None:
-        if isinstance(own, GlupruneError):
-            own.all_know = True
-        raise own
+        gather_from_all(f"{isinstance(error, RequestError):d}{_sentence(error)}".encode())
+        if isinstance(error, GlupruneError):
+            error.all_know = True
+        raise
+    answers = gather_from_all(b"")
     for process, answer in enumerate(answers):
         if answer:
             kind = RequestError if answer[:1] == b"1" else OperationError

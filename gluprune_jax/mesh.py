@@ -25,6 +25,8 @@ from gluprune_jax.errors import RequestError
 from gluprune_jax.model import Llama, abstract_model
 from gluprune_jax.sharding import MESH_AXES, PARAMETERS, partition_spec
 
+_GATHERED_AT_ONCE = 1 << 26  # bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
@@ -127,12 +129,30 @@ def place(mesh: Mesh | None, value: NDArray[Any], *axes: str | None) -> Any:
 def to_host(array: Array) -> NDArray[Any]:
     """An array, whole, in the memory of every process. All processes must call it, in the same order."""
     if not is_local(array):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return _gather(array)
     if array.is_fully_replicated:
         array = array.addressable_data(0)
     # Through a handle of its own: a copy that numpy must make stays with the handle, and would stay with the model.
     shards = [shard.data for shard in array.addressable_shards]
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+def _gather(array: Array) -> NDArray[Any]:
+    # What is gathered is for a moment on every device, and in copies beside the one that stays: so it is done in
+    # slices, along an axis that no device has only a part of.
+    parts = array.sharding.shard_shape(array.shape)
+    whole = [axis for axis, size in enumerate(array.shape) if parts[axis] == size]
+    if not whole or array.nbytes <= _GATHERED_AT_ONCE:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    axis = max(whole, key=lambda axis: array.shape[axis])
+    size = array.shape[axis]
+    step = max(1, size * _GATHERED_AT_ONCE // array.nbytes)
+    values = np.empty(array.shape, array.dtype)
+    for start in range(0, size, step):
+        part = jax.lax.dynamic_slice_in_dim(array, start, min(step, size - start), axis)
+        place = (slice(None),) * axis + (slice(start, start + step),)
+        values[place] = multihost_utils.process_allgather(part, tiled=True)
+    return values
 
 
 def is_local(array: Array) -> bool:

@@ -283,7 +283,7 @@ def test_a_damaged_model_costs_no_model_that_is_there(model: Path) -> None:
 def test_a_full_disk_is_said_to_be_full(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """As the system says it: without a file name, in the middle of a file."""
 
-    def full(file: Path, tensors: Any, values: Any, written: Any) -> None:
+    def full(file: Path, tensors: Any, values: Any, written: Any, ahead: bool) -> None:
         file.write_bytes(b"half")
         try:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
