@@ -26,7 +26,7 @@ from gluprune_jax.distributed import least
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.generation import generate, slots_for
 from gluprune_jax.memory import free_memory
-from gluprune_jax.mesh import mesh_of, on, place, shape_of
+from gluprune_jax.mesh import mesh_of, on, place, settle, shape_of
 from gluprune_jax.model import KVCache, Llama, ModelConfig, bind
 from gluprune_jax.prefill import CHUNKS, Chunk, append, cache_slots, chunk_sizes, chunks, extend
 from gluprune_jax.sharding import constrain
@@ -274,6 +274,7 @@ class Engine:
             placed = place(self.mesh, tokens, "batch", None)
             hidden, new = extend(self.model.config, self.params, cache, placed, self._masks)
             cache = append(cache, new, counts)
+        settle(self.mesh, cache)
         scorer.score(hidden, spans)
         return cache
 
@@ -312,6 +313,7 @@ class Engine:
         with self.compiled.naming(f"{shape[0]} x {length} tokens on a cache of {cache.layers[0].k.shape[2]}"):
             placed = (place(self.mesh, values, "batch", None) for values in (tokens, positions, ends))
             hidden: Array = rows(self.model.config, self.params, cache.holding(held), *placed, self._masks)
+        settle(self.mesh, hidden)
         if (at_once, length) not in self._proven:
             hidden.block_until_ready()  # elsewhere nobody would know which batch was too large
             self._proven.add((at_once, length))
@@ -476,6 +478,7 @@ class _Scorer:
             placed = [place(engine.mesh, part, "batch", None) for part in chunk]
             with engine.compiled.naming(f"{len(pieces)} x {size} of {hidden.shape[1]} tokens"):
                 outputs.append(score_tokens(engine.model.config, engine.params, hidden, *placed))
+            settle(engine.mesh, outputs[-1])
         self._pending.append(functools.partial(self._hand_out, pieces, outputs))
         # Looking at a result waits for it; the next steps can be on their way meanwhile.
         while len(self._pending) > _IN_FLIGHT:

@@ -126,6 +126,16 @@ def place(mesh: Mesh | None, value: NDArray[Any], *axes: str | None) -> Any:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
+def settle(mesh: Mesh | None, computed: Any) -> None:
+    """Waits for arrays that were computed on a mesh of CPUs, before something else is that does not depend on them.
+
+    Such devices share a few threads. Programs that run at the same time can take all of them, each waiting for its
+    part on another device, which gets none.
+    """
+    if mesh is not None and mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(computed)  # type: ignore[no-untyped-call]
+
+
 def to_host(array: Array) -> NDArray[Any]:
     """An array, whole, in the memory of every process. All processes must call it, in the same order."""
     if not is_local(array):

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import RequestError
-from gluprune_jax.mesh import mesh_of, on, shape_of
+from gluprune_jax.mesh import mesh_of, on, settle, shape_of
 from gluprune_jax.model import Llama, abstract_model
 from gluprune_jax.plan import PruningPlan
 from gluprune_jax.sharding import RULES, is_divided, per_shard
@@ -64,6 +64,7 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
             path = ("layers", i, "mlp", name)
             with on(mesh):
                 dense, arrays[path] = arrays[path], slice_neurons(axis, stored - len(kept), arrays[path], kept)
+            settle(mesh, arrays[path])
             if donate:
                 # Else the slices of all layers would be allocated before the first dense array is free.
                 arrays[path].block_until_ready()

@@ -139,15 +139,22 @@ def answers(folder: Path) -> Iterator[Any]:
                 yield from responses
 
 
-@pytest.mark.parametrize(("processes", "mesh"), [(2, "auto"), (4, "data=2,model=4")])
-def test_evaluate(tmp_path: Path, model: Path, run: Run, processes: int, mesh: str) -> None:
+def test_evaluate(tmp_path: Path, model: Path, run: Run) -> None:
     """Choices, words, whole pages and generated texts, in one process and in several."""
     tasks = ("--tasks", ",".join(NAMES), "--include-path", write_tasks(tmp_path / "tasks"), "--num-fewshot", "0")
     command = ("evals", "--model", model, *tasks)
     done(run(*command, "--output", tmp_path / "alone", "--mesh", "data=1,model=1", processes=1))
-    done(run(*command, "--output", tmp_path / "together", "--mesh", mesh, processes=processes))
-    pairs = list(zip(answers(tmp_path / "together"), answers(tmp_path / "alone"), strict=True))
-    assert len(pairs) > 100
+    done(run(*command, "--output", tmp_path / "two", processes=2))
+    done(run(*command, "--output", tmp_path / "four", "--mesh", "data=2,model=4", processes=4))
+    alone = list(answers(tmp_path / "alone"))
+    assert len(alone) > 100
+    assert {type(answer) for answer in alone} == {list, float, str}
+    for several in ("two", "four"):
+        check_answers(list(answers(tmp_path / several)), alone)
+
+
+def check_answers(several: list[Any], single: list[Any]) -> None:
+    pairs = list(zip(several, single, strict=True))
     for together, alone in pairs:
         if isinstance(alone, list):  # log-likelihood and greedy flag
             assert abs(together[0] - alone[0]) <= 1e-4
@@ -156,7 +163,6 @@ def test_evaluate(tmp_path: Path, model: Path, run: Run, processes: int, mesh: s
             assert together == pytest.approx(alone, rel=1e-5)
         else:
             assert together == alone
-    assert {type(alone) for _, alone in pairs} == {list, float, str}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
