@@ -57,7 +57,7 @@ def _convert(args: argparse.Namespace) -> None:
             args.model,
             dtype=args.dtype,
             revision=args.revision,
-            stream=args.mesh == "auto" and not args.distributed and "orbax" not in formats,
+            stream="orbax" not in formats and args.mesh == "auto" and not args.distributed,
             mesh=devices.chooses(args, Pruning()),
             progress=progress,
         )

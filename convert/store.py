@@ -33,7 +33,7 @@ from convert.huggingface import (
     write_huggingface,
 )
 from convert.safetensors_files import DTYPES
-from gluprune_jax.atomic import staged_directory
+from gluprune_jax.atomic import refuse_address, staged_directory
 from gluprune_jax.checkpoint import OpenedOrbax, is_orbax, open_orbax, save_orbax
 from gluprune_jax.distributed import broadcast_from_main, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
@@ -192,6 +192,7 @@ def _open(
     """Finds a model and checks all but its weights, which the result loads."""
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
+    refuse_address(name)
     target = next((d for d in DTYPES.values() if d.name == dtype), None)
     path = Path(name).expanduser()
     if revision is not None and (path.exists() or str(name) == "demo"):

@@ -27,7 +27,7 @@ import jax
 
 from evals.journal import Journal, cannot_write
 from evals.setting import Setting, json_digest
-from gluprune_jax.atomic import write_file_atomic
+from gluprune_jax.atomic import refuse_address, write_file_atomic
 from gluprune_jax.distributed import broadcast_from_main, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError, unreadable
 
@@ -116,6 +116,7 @@ def check_output(root: Path) -> None:
     Raises:
       RequestError: it is something else, or belongs to a later version of this program.
     """
+    refuse_address(root)
     if (root / SETTING_FILE).is_file() and (root.parent / RESULTS_FILE).is_file():
         raise RequestError(f"{root} holds the results of one model; give the folder above it, {root.parent}")
     if (root / RESULTS_FILE).is_file():

@@ -63,6 +63,7 @@ def check_target(target: Path, overwrite: bool) -> Path:
         it, a mount point).
       OperationError: the folder it goes into cannot be written to.
     """
+    refuse_address(target)
     target = target.resolve()
     if Path.cwd().is_relative_to(target):
         raise RequestError(f"{target} is the working folder or holds it; choose another folder for the output")
@@ -112,6 +113,7 @@ def check_file(path: Path, overwrite: bool) -> Path:
       RequestError: it exists and `overwrite` is not given, or it is not a file.
       OperationError: the folder it goes into cannot be written to.
     """
+    refuse_address(path)
     path = path.resolve()
     with _reported(path):
         if os.path.lexists(path) and not path.is_file():
@@ -153,6 +155,19 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         _ours.discard(stage)
+
+
+def refuse_address(path: str | Path) -> None:
+    """Refuses what is spelled as an address: as a path, it would name a folder `gs:` here.
+
+    Raises:
+      RequestError: it is one.
+    """
+    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):
+        raise RequestError(
+            f"{path} is the address of an object store, which is not opened directly; mount the bucket and give its "
+            f"folder, or copy"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- in place

@@ -65,7 +65,10 @@ def plan(args: argparse.Namespace, model: Llama, use: Evaluation | Pruning) -> t
 
 def chooses(args: argparse.Namespace, use: Evaluation | Pruning) -> Callable[[Llama], Mesh | None]:
     """The choice of a mesh that `convert.load` takes; raises as `plan` does."""
-    parse_mesh(args.mesh)  # what is spelled wrongly is refused before any file is opened
+    # What is spelled wrongly is refused before any file is opened.
+    parse_mesh(args.mesh)
+    if args.device_memory is not None:
+        parse_bytes(args.device_memory)
 
     def choose(model: Llama) -> Mesh | None:
         shape = plan(args, model, use)[0].mesh

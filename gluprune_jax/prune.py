@@ -195,7 +195,10 @@ def _prune(args: argparse.Namespace, command: str) -> None:
 
 def _streams(args: argparse.Namespace) -> bool:
     """Whether the weights may stay in their files: nothing asks for the model in the memory of certain devices."""
-    return not (args.evaluate or args.sample is not None or args.mesh != "auto" or args.distributed)
+    if args.evaluate or args.sample is not None or args.mesh != "auto" or args.distributed:
+        return False
+    # Orbax is written from the pruned model in memory, which several devices hold better together.
+    return "orbax" not in parse_formats(args.format) or jax.device_count() == 1
 
 
 def _use(args: argparse.Namespace) -> Evaluation | Pruning:

@@ -1,0 +1,163 @@
+"""The commands' options for devices: meshes, and what is planned before anything is loaded."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from test_evals_command import VOCABULARY, write_tokenizer
+from tiny_models import hf_config, write_folder
+
+import convert.__main__
+import evals.__main__
+import gluprune_jax.prune
+from gluprune_jax.devices import chooses
+from gluprune_jax.memory import Pruning
+from gluprune_jax.mesh import shape_of
+
+Main = Callable[[list[str]], int]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, intermediate_size=83)
+    folder = write_folder(tmp_path / "tiny-llama", config)
+    write_tokenizer(folder)
+    return folder
+
+
+def run(main: Main, *argv: object) -> int:
+    try:
+        return main([str(arg) for arg in argv])
+    except SystemExit as stop:  # argparse leaves this way
+        return int(stop.code or 0)
+
+
+def document(capsys: Capture, main: Main, *argv: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run(main, *argv, "--json") == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md" and path.is_file()}
+
+
+@pytest.mark.parametrize("mesh", ["model=8", "data=2,model=3"])
+def test_files_do_not_depend_on_the_mesh(model: Path, tmp_path: Path, capsys: Capture, mesh: str) -> None:
+    target = ("--model", model, "--width", "41")
+    for name, options in (("plain", ()), ("mesh", ("--mesh", mesh)), ("orbax", ("--mesh", mesh, "--format", "orbax"))):
+        assert run(gluprune_jax.prune.main, *target, *options, "--output", tmp_path / name) == 0
+    assert contents(tmp_path / "mesh") == contents(tmp_path / "plain")
+    assert run(convert.__main__.main, tmp_path / "orbax", tmp_path / "back", "--mesh", "data=4,model=2") == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "back")]
+    assert weights[0] == weights[1]
+
+
+def test_what_auto_chooses(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Pruning divides one model over the eight devices; evaluation holds a replica on each."""
+    loaded: list[Any] = []
+
+    def remember(abstract: Any) -> Any:
+        loaded.append(chooses(args, Pruning())(abstract))
+        return loaded[-1]
+
+    args = gluprune_jax.prune.parser().parse_args(["--model", str(model), "--width", "41"])
+    convert.load(model, mesh=remember)
+    assert str(shape_of(loaded[0])) == "data=1,model=8"
+    memory = document(capsys, evals.__main__.main, "--model", model, "--suite", "quick", "--dry-run")["memory"]
+    assert memory["mesh"] == {"data": jax.device_count(), "model": 1}
+    assert memory["fits"] is True
+
+
+@pytest.mark.parametrize("command", ["prune", "evals"])
+def test_a_dry_run_plans_for_devices_that_are_not_there(
+    model: Path, tmp_path: Path, capsys: Capture, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "evals":
+        monkeypatch.setattr(os, "preadv", None)  # no weight is read
+    main, options = {
+        "prune": (gluprune_jax.prune.main, ("--width", "41")),
+        "evals": (evals.__main__.main, ("--suite", "paper")),
+    }[command]
+    argv = ("--model", model, *options, "--dry-run", "--device-memory", "16GiB", "--mesh", "data=16,model=16")
+    memory = document(capsys, main, *argv)["memory"]
+    assert (memory["devices"], memory["bytes_per_device"]["device"]) == (256, 16 * 2**30)
+    parts = memory["bytes_per_device"]
+    assert parts["total"] == parts["weights"] + parts["cache"] + parts["workspace"] > 0
+    assert run(main, *argv) == 0
+    assert "memory of each device, data=16,model=16 (256 devices)" in capsys.readouterr().out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny-llama"]
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "remedy"),
+    [
+        (gluprune_jax.prune.main, ("--width", "41", "--mesh", "data=8", "--output", "out"), "--mesh data="),
+        (evals.__main__.main, ("--suite", "quick", "--dry-run", "--mesh", "data=8"), "--mesh data=4,model=2, or --batch-size 2"),
+        (evals.__main__.main, ("--suite", "quick", "--mesh", "data=8"), "--batch-size 2"),
+        (convert.__main__.main, ("out", "--format", "orbax", "--mesh", "data=8"), "--mesh data="),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_a_weight_is_read(
+    model: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    main: Main,
+    options: tuple[str, ...],
+    remedy: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "preadv", None)
+    named = (model,) if main is convert.__main__.main else ("--model", model)
+    size = {gluprune_jax.prune.main: "300kB", convert.__main__.main: "300kB"}.get(main, "30MB")
+    data = ("--data-dir", tmp_path) if main is evals.__main__.main and "--dry-run" not in options else ()
+    if data:
+        monkeypatch.setattr("evals.run.load_benchmarks", lambda *args, **options: [])
+    assert run(main, *named, *options, *data, "--device-memory", size) == 2
+    error = capsys.readouterr().err
+    assert "the model needs" in error
+    assert remedy in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mesh", "2x4"), "--mesh is '2x4'; write auto, or sizes such as data=2,model=4"),
+        (("--mesh", "model=9"), "the mesh data=1,model=9 has 9 devices, and there are 8"),
+        (("--device-memory", "16"), "--device-memory is '16'; write a positive number and its unit"),
+        (("--output", "gs://bucket/model"), "is the address of an object store"),
+    ],
+)
+def test_refusals(
+    model: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ("--model", model, "--width", "41", "--output", "out", "--format", "orbax", *options)
+    assert run(gluprune_jax.prune.main, *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny-llama"]
+
+
+def test_addresses_are_no_models(capsys: Capture, tmp_path: Path) -> None:
+    for main, argv in (
+        (gluprune_jax.prune.main, ("--model", "s3://bucket/model", "--width", "4", "--dry-run")),
+        (evals.__main__.main, ("--model", "demo", "--suite", "quick", "--output", "gs://bucket/results")),
+        (convert.__main__.main, ("gs://bucket/model", tmp_path / "out")),
+    ):
+        assert run(main, *argv) == 2
+        assert "is the address of an object store, which is not opened directly" in capsys.readouterr().err
