@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from numpy.typing import NDArray
 
@@ -87,7 +87,10 @@ def make_mesh(shape: MeshShape, num_key_value_heads: int, devices: Sequence[Any]
             )
         devices = devices[: shape.devices]
     sizes = axis_sizes(shape, num_key_value_heads)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # `jax.make_mesh` divides an axis of the hardware between two of the mesh on v5e alone: on a v6e of 16 x 16 it has
+    # no mesh of 32 x 8.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shape_of(mesh: Mesh | None) -> MeshShape:

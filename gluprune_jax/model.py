@@ -338,7 +338,9 @@ class Llama(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Next-token logits `[..., V]` float32 of hidden states `[..., D]`; ask only for the positions you need."""
         weight = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return project(hidden, weight[...], jnp.float32)
+        logits = project(hidden, weight[...], jnp.float32)
+        # Asked for whole logits, the TPU's compiler would gather a divided embedding instead.
+        return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Llama:

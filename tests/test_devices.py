@@ -99,7 +99,11 @@ def test_a_dry_run_plans_for_devices_that_are_not_there(
     ("main", "options", "remedy"),
     [
         (gluprune_jax.prune.main, ("--width", "41", "--mesh", "data=8", "--output", "out"), "--mesh data="),
-        (evals.__main__.main, ("--suite", "quick", "--dry-run", "--mesh", "data=8"), "--mesh data=4,model=2, or --batch-size 2"),
+        (
+            evals.__main__.main,
+            ("--suite", "quick", "--dry-run", "--mesh", "data=8"),
+            "--mesh data=4,model=2, or --batch-size 2",
+        ),
         (evals.__main__.main, ("--suite", "quick", "--mesh", "data=8"), "--batch-size 2"),
         (convert.__main__.main, ("out", "--format", "orbax", "--mesh", "data=8"), "--mesh data="),
     ],
