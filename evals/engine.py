@@ -552,7 +552,7 @@ def score_tokens(
       `[R, Q]` float32 log-probabilities of the targets, and `[R, Q]` whether each is the likeliest.
     """
     asked = constrain(jnp.take_along_axis(hidden, indices[..., None], axis=1), "batch", None, None)
-    logits = constrain(bind(config, params).logits(asked), "batch", None, "vocab")
+    logits = bind(config, params).logits(asked)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     # Of equal logits the first is the likeliest. Not argmax(logits) == targets: on CPUs, argmax takes as long as the
     # logarithm of the sum.

@@ -398,8 +398,7 @@ def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) 
       positions: `[B]` int32, where each token will stand.
     """
     temperature, top_p = (jnp.asarray(value, jnp.float32) for value in (sampling.temperature, sampling.top_p))
-    # Divided as the weight is, and only then gathered: else XLA gathers the weight, on TPUs at every step.
-    logits = constrain(constrain(logits, "batch", "vocab"), "batch", None)
+    logits = constrain(logits, "batch", None)  # a vocabulary that is divided would be sorted piece by piece
 
     def draw() -> Array:
         ordered = jnp.sort(logits, axis=-1, descending=True)
