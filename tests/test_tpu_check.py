@@ -168,7 +168,8 @@ def test_every_program_takes_what_it_is_given(shape: MeshShape) -> None:
 def test_cases_name_programs_that_there_are() -> None:
     for case in [*CASES.values(), *CI]:
         assert set(case.programs) <= set(tpu_check.EVERYTHING)
-    assert {program for case in CI for program in case.programs} >= {*tpu_check.PRUNING, *tpu_check.EVALUATION}
+    ours = {program for case in CI for program in case.programs}
+    assert {*tpu_check.PRUNING, *tpu_check.EVALUATION} - ours == {"admit"}
 
 
 @pytest.mark.parametrize(
