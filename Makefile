@@ -29,7 +29,7 @@ lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tpu-check: .venv/runtime  ## compile the programs for a Llama-3.2-1B with the real TPU compiler, without a TPU
+tpu-check: .venv/runtime  ## compile the programs for real TPU topologies with the real TPU compiler, without a TPU
 	$(BIN)/pip install --quiet --editable ".[tpu]"
 	$(BIN)/python benchmarks/tpu_check.py
 
