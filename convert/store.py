@@ -76,12 +76,9 @@ def load(
             raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
         return read_gguf(path, target, progress)
     if path.is_dir():
-        if is_orbax(path):
+        if (orbax := _orbax_folder(path)) is not None:
             # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
-            path = path.resolve()
-            return _read_orbax(path, path.parent if path.name == "orbax" else path, str(name), target)
-        if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
-            return _read_orbax(path / "orbax", path, str(name), target)
+            return _read_orbax(orbax, orbax.parent if orbax.name == "orbax" else orbax, str(name), target)
         folder = path
     elif looks_like_hub_id(str(name)):
         folder = hub_snapshot(str(name), revision)
@@ -114,6 +111,22 @@ def refuse_own_folder(model: str, output: Path) -> None:
     source = Path(model).expanduser()
     if source.exists() and source.resolve().is_relative_to(output.resolve()):
         raise RequestError(f"the output {output} is or holds the model itself; write to another folder")
+
+
+def refuse_to_stream(model: str) -> None:
+    """Makes sure that the weights of `model` can stay in their files until each is asked for (see `load`).
+
+    Raises:
+      RequestError: `model` is the demo, a GGUF file or an Orbax checkpoint.
+    """
+    path = Path(model).expanduser()
+    if model == "demo" or (path.is_file() and path.suffix == ".gguf"):
+        kind = "a GGUF file"
+    elif path.is_dir() and _orbax_folder(path) is not None:
+        kind = "an Orbax checkpoint"
+    else:
+        return
+    raise RequestError(f"--stream reads Hugging Face folders and hub ids; {model} is {kind}, which is loaded whole")
 
 
 def save(
@@ -157,6 +170,15 @@ def save(
                 progress("writing Orbax", nbytes, nbytes)
         for file, text in (extra_files or {}).items():
             (folder / file).write_text(text, encoding="utf-8")
+
+
+def _orbax_folder(path: Path) -> Path | None:
+    """The Orbax checkpoint that a folder is, or holds without safetensors beside it."""
+    if is_orbax(path):
+        return path.resolve()
+    if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
+        return path / "orbax"
+    return None
 
 
 def _read_orbax(path: Path, assets: Path, source: str, dtype: np.dtype[Any] | None) -> Checkpoint:
