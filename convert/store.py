@@ -127,6 +127,22 @@ def refuse_own_folder(model: str, output: Path) -> None:
         raise RequestError(f"the output {output} is or holds the model itself; write to another folder")
 
 
+def refuse_to_stream(model: str) -> None:
+    """Makes sure that the weights of `model` can stay in their files until each is asked for (see `load`).
+
+    Raises:
+      RequestError: `model` is the demo, a GGUF file or an Orbax checkpoint.
+    """
+    path = Path(model).expanduser()
+    if model == "demo" or (path.is_file() and path.suffix == ".gguf"):
+        kind = "a GGUF file"
+    elif path.is_dir() and _orbax_folder(path) is not None:
+        kind = "an Orbax checkpoint"
+    else:
+        return
+    raise RequestError(f"--stream reads Hugging Face folders and hub ids; {model} is {kind}, which is loaded whole")
+
+
 def save(
     checkpoint: Checkpoint,
     output: str | Path,
@@ -205,14 +221,10 @@ def _open(
             raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
         return lambda: read_gguf(path, target, progress, mesh)
     if path.is_dir():
-        if is_orbax(path):
+        if (orbax := _orbax_folder(path)) is not None:
             # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
-            path = path.resolve()
-            opened_orbax, assets = open_orbax(path), path.parent if path.name == "orbax" else path
+            opened_orbax, assets = open_orbax(orbax), orbax.parent if orbax.name == "orbax" else orbax
             return lambda: _read_orbax(opened_orbax, assets, str(name), target, mesh)
-        if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
-            opened_orbax = open_orbax(path / "orbax")
-            return lambda: _read_orbax(opened_orbax, path, str(name), target, mesh)
         folder = path
     elif looks_like_hub_id(str(name)):
         folder = hub_snapshot(str(name), revision)
@@ -222,6 +234,15 @@ def _open(
         )
     opened = open_huggingface(folder, str(name), target)
     return lambda: opened if stream else opened.load(progress, mesh)
+
+
+def _orbax_folder(path: Path) -> Path | None:
+    """The Orbax checkpoint that a folder is, or holds without safetensors beside it."""
+    if is_orbax(path):
+        return path.resolve()
+    if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
+        return path / "orbax"
+    return None
 
 
 def _read_orbax(

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import convert
 from convert.model_card import model_card
-from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
+from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder, refuse_to_stream
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
 from gluprune_jax import devices, terminal
@@ -38,7 +38,8 @@ Masks = tuple[NDArray[np.float32], ...] | None
 
 DESCRIPTION = """\
 Removes the least important neurons of the gated MLP layers of a Llama-family model (arXiv 2512.22671) and writes a
-smaller checkpoint that stock transformers loads.
+smaller checkpoint that stock transformers loads. Unless something is measured, the weights of a Hugging Face folder or
+hub id go from file to file, a few tensors at a time, whatever the size of the model.
 
 examples:
   python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --output smollm2-2.4x
@@ -56,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--dtype", choices=DTYPE_NAMES, help="cast all weights as they are read (otherwise each stays as it is stored)"
+    )
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="from file to file with a few tensors in memory, or refuse; --no-stream loads the whole model; both give "
+        "the same bits (otherwise streamed wherever it can be)",
     )
 
     target = parser.add_argument_group("how much to keep (one of these)").add_mutually_exclusive_group(required=True)
@@ -195,6 +202,8 @@ def _prune(args: argparse.Namespace, command: str) -> None:
 
 def _streams(args: argparse.Namespace) -> bool:
     """Whether the weights may stay in their files: nothing asks for the model in the memory of certain devices."""
+    if args.stream is not None:
+        return bool(args.stream)
     if args.evaluate or args.sample is not None or args.mesh != "auto" or args.distributed:
         return False
     # Orbax is written from the pruned model in memory, which several devices hold better together.
@@ -252,6 +261,8 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         raise RequestError("--evaluate and --sample compare the model with the pruned one; give --output too")
     if args.dry_run and measuring:
         raise RequestError("--dry-run measures nothing; leave out --evaluate and --sample")
+    if args.stream:
+        _check_streaming(args, formats)
     for flag, least in (("evaluate_tokens", 2), ("window", 2), ("sample_tokens", 1), ("multiple_of", 1)):
         if getattr(args, flag) < least:
             raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
@@ -271,6 +282,19 @@ def _check_outputs(args: argparse.Namespace) -> None:
         refuse_own_folder(args.model, args.output)
     if args.plan_out:
         _check_plan_out(args)
+
+
+def _check_streaming(args: argparse.Namespace, formats: Sequence[str]) -> None:
+    """Refuses what needs all of the model in memory."""
+    if args.evaluate or args.sample is not None:
+        raise RequestError("--stream leaves the model in its files, where --evaluate and --sample cannot run it")
+    if "orbax" in formats and args.output and not args.dry_run:
+        raise RequestError("--stream writes --format hf; orbax is written from the whole model in memory")
+    if args.mesh != "auto" or args.distributed:
+        raise RequestError(
+            "--stream is the work of one process, with no model in memory to divide; leave out --mesh and --distributed"
+        )
+    refuse_to_stream(args.model)
 
 
 def _check_plan_out(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
 from convert.checkpoint import model_arrays
+from convert.huggingface import StreamedCheckpoint
 from gluprune_jax import PruningPlan, make_plan, score
 from gluprune_jax.model import Llama
 from gluprune_jax.prune import main
@@ -178,6 +180,46 @@ def test_dtype_casts_what_is_scored_and_written(
     assert {array.dtype.name for array in arrays(convert.load(out)).values()} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("target", [("--width", "50", "--layers", "0,2"), ("--prune-percent", "40")])
+def test_streamed_and_loaded_give_the_same_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: tuple[str, ...]
+) -> None:
+    model = write_folder(tmp_path / "model", CONFIG, hf_tensors(CONFIG, "bfloat16"), shards=3)
+    monkeypatch.setattr("convert.huggingface.MAX_SHARD_BYTES", 40_000)
+    written = {}
+    for flag in ("--stream", "--no-stream", None):
+        opened = recorded_loads(monkeypatch)
+        report(capsys, "--model", model, *target, *([flag] if flag else []), "--output", tmp_path / "out")
+        assert opened == [flag != "--no-stream"]
+        written[flag] = contents(tmp_path / "out")
+        del written[flag]["README.md"]  # it quotes the command
+        shutil.rmtree(tmp_path / "out")
+    assert sum(name.endswith(".safetensors") for name in written[None]) > 1
+    assert written["--stream"] == written["--no-stream"] == written[None]
+
+
+def recorded_loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Filled, from now on, with whether each model that is loaded stays in its files."""
+    streamed: list[bool] = []
+    load = convert.store.load
+
+    def record(*args: Any, **options: Any) -> convert.Checkpoint:
+        checkpoint = load(*args, **options)
+        streamed.append(isinstance(checkpoint, StreamedCheckpoint))
+        return checkpoint
+
+    monkeypatch.setattr("convert.load", record)
+    return streamed
+
+
+def test_a_dry_run_streams_whatever_it_would_write(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--model", model, *WIDTH, "--stream", "--dry-run", "--output", tmp_path / "out", "--format", "orbax")
+    report(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_library_gives_the_same_bits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(capsys, "--model", model, "--expansion-ratio", "2.0", "--output", tmp_path / "a")
     checkpoint = convert.load(model)
@@ -327,6 +369,9 @@ WIDTH = ("--width", "50")
         (nothing, (*WIDTH, "--random-baseline"), 2, ("--evaluate",)),
         (nothing, (*WIDTH, "--sample", "Hello"), 2, ("no tokenizer files",)),
         (nothing, (*WIDTH, "--dry-run", "--sample", "Hello"), 2, ("--dry-run measures nothing",)),
+        (nothing, (*WIDTH, "--stream", "--sample", "Hello"), 2, ("--stream", "--evaluate and --sample cannot run")),
+        (nothing, (*WIDTH, "--stream", "--evaluate", "a.txt"), 2, ("--stream", "--evaluate and --sample cannot run")),
+        (nothing, (*WIDTH, "--stream", "--format", "hf,orbax"), 2, ("--stream writes --format hf",)),
         (nothing, (*WIDTH, "--evaluate", "no-such-text"), 2, ("cannot read the text no-such-text: No such file",)),
         (nothing, (*WIDTH, "--evaluate", "x", "--window", "1"), 2, ("--window is 1", "at least 2")),
         (nothing, ("--plan", "no-such-plan"), 2, ("cannot read the plan no-such-plan: No such file",)),
@@ -407,6 +452,25 @@ def test_plan_out_destroys_nothing(model: Path, tmp_path: Path, capsys: pytest.C
         status, _, err = run(capsys, *argv)
         assert (status, "collide" in err) == (2, True)
     assert contents(tmp_path) == before
+
+
+def test_stream_refuses_what_is_loaded_whole(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(capsys, "--model", model, "--width", "80", "--output", tmp_path / "a", "--format", "orbax")
+    report(capsys, "--model", model, "--width", "80", "--output", tmp_path / "both", "--format", "hf,orbax")
+    (tmp_path / "m.gguf").touch()
+    refused = {
+        "demo": "a GGUF file",
+        tmp_path / "m.gguf": "a GGUF file",
+        tmp_path / "a": "an Orbax checkpoint",
+        tmp_path / "a" / "orbax": "an Orbax checkpoint",
+        tmp_path / "both" / "orbax": "an Orbax checkpoint",
+    }
+    for name, kind in refused.items():
+        status, _, err = run(capsys, "--model", name, *WIDTH, "--stream", "--output", tmp_path / "out")
+        assert (status, f"{name} is {kind}, which is loaded whole" in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
+    # The safetensors of a folder that has both are what is read.
+    report(capsys, "--model", tmp_path / "both", *WIDTH, "--stream", "--output", tmp_path / "out")
 
 
 def test_a_model_name_is_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
