@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from llama_3_2_1b import write_checkpoint
+from llama_shapes import write_checkpoint
 from rich.console import Console
 from rich.table import Table
 

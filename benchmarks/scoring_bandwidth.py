@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from llama_3_2_1b import CONFIG
+from llama_shapes import shapes_of
 
 from gluprune_jax.importance import CRITERIA
 
@@ -40,11 +40,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
+    config = shapes_of("llama-3.2-1b")
+
     def weights(seed: int) -> jax.Array:
-        shape = (CONFIG.intermediate_sizes[0], CONFIG.hidden_size)
+        shape = (config.intermediate_sizes[0], config.hidden_size)
         return 0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.dtype(args.dtype))
 
-    layers = [(weights(2 * i), weights(2 * i + 1)) for i in range(CONFIG.num_hidden_layers)]
+    layers = [(weights(2 * i), weights(2 * i + 1)) for i in range(config.num_hidden_layers)]
     read = sum(gate.nbytes + up.nbytes for gate, up in layers)
     score = jax.jit(CRITERIA[args.criterion])
     scoring = read / median_seconds(lambda: [score(gate, up) for gate, up in layers], args.runs)

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llama_3_2_1b import write_checkpoint
+from llama_shapes import write_checkpoint
 from rich.console import Console
 from rich.table import Table
 

@@ -129,7 +129,7 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gather_from_all(f"{isinstance(error, RequestError):d}{_sentence(error)}".encode())
+        gather_from_all(f"{isinstance(error, RequestError):d}{_sentence(error)}".encode(errors="backslashreplace"))
         if isinstance(error, GlupruneError):
             error.all_know = True
         raise

@@ -362,11 +362,12 @@ def parse_bytes(text: str, flag: str = "--device-memory") -> int:
 def device_memory() -> int | None:
     """Bytes of one device for JAX to use, or None where it does not say.
 
-    CPU devices share the host's memory: an equal part of what is available of it.
+    CPU devices share the host's memory: an equal part of it. What others use of it now is not counted, for a run takes
+    hours and they may not.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return _host_memory() // jax.local_device_count()
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return None if limit is None else int(limit)
 

@@ -1,7 +1,7 @@
 """Eight simulated devices, exact matrix products, and the demo model for the tests that need real weights."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ import pytest
 import convert
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Programs for eight devices take gigabytes over a whole run, and few serve more than one file."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

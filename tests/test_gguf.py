@@ -32,7 +32,7 @@ from convert.gguf_tokenizer import tokenizer_assets
 from convert.names import tensor_names
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.mesh import MeshShape, make_mesh, mesh_of, parameter_sharding
-from gluprune_jax.model import Llama3Rope, ModelConfig, rope_frequencies, rotate
+from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, rope_frequencies, rotate
 
 CONFIG = ModelConfig(
     vocab_size=11,
@@ -242,8 +242,9 @@ def test_onto_a_mesh(tmp_path: pathlib.Path, dtype: str | None) -> None:
     path = write_model(tmp_path, blk__1__ffn_gate__weight=(gate.view(np.uint8), GGMLType.BF16))
     plain, sizes = convert.load(path, dtype=dtype), []
 
-    def choose(config: ModelConfig, nbytes: int) -> Mesh:
-        sizes.append(nbytes)
+    def choose(abstract: Llama) -> Mesh:
+        config = abstract.config
+        sizes.append(sum(array.size * array.dtype.itemsize for _, array in model_arrays(abstract)))
         return make_mesh(MeshShape(1, 8), config.num_key_value_heads)
 
     loaded = convert.load(path, dtype=dtype, mesh=choose)
