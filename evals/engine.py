@@ -551,15 +551,15 @@ def score_tokens(
     Returns:
       `[R, Q]` float32 log-probabilities of the targets, and `[R, Q]` whether each is the likeliest.
     """
-    asked = constrain(jnp.take_along_axis(hidden, indices[..., None], axis=1), "batch", None, None)
-    logits = bind(config, params).logits(asked)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    asked = constrain(jax.vmap(lambda own, where: own[where])(hidden, indices), "batch", None, None)
+    logits = bind(config, params).logits(asked.reshape(-1, asked.shape[-1]))  # [R * Q, V]
+    target = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)
     # Of equal logits the first is the likeliest. Not argmax(logits) == targets: on CPUs, argmax takes as long as the
     # logarithm of the sum.
-    earlier = jnp.arange(logits.shape[-1]) < targets[..., None]
+    earlier = jnp.arange(logits.shape[-1]) < targets.reshape(-1, 1)
     is_greedy = ~jnp.any((logits > target) | ((logits == target) & earlier), axis=-1)
-    values = target[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-    return constrain(values), constrain(is_greedy)
+    values = target[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    return constrain(values.reshape(targets.shape)), constrain(is_greedy.reshape(targets.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------- windows

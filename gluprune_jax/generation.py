@@ -245,7 +245,7 @@ class _Prefill:
 @jax.jit
 def last_hidden(hidden: Array, last: ArrayLike) -> Array:
     """The hidden states `[R, D]` at `last [R]` of `hidden [R, T, D]`."""
-    return jnp.take_along_axis(hidden, jnp.asarray(last)[:, None, None], axis=1)[:, 0]
+    return jax.vmap(lambda own, index: own[index])(hidden, jnp.asarray(last))
 
 
 def slots_for(longest: int) -> int:
