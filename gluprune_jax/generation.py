@@ -245,7 +245,8 @@ class _Prefill:
 @jax.jit
 def last_hidden(hidden: Array, last: ArrayLike) -> Array:
     """The hidden states `[R, D]` at `last [R]` of `hidden [R, T, D]`."""
-    return jax.vmap(lambda own, index: own[index])(hidden, jnp.asarray(last))
+    chosen: Array = jax.vmap(lambda own, index: own[index])(hidden, jnp.asarray(last))
+    return chosen
 
 
 def slots_for(longest: int) -> int:

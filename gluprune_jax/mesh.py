@@ -163,8 +163,8 @@ def _gather(array: Array) -> NDArray[Any]:
     values = np.empty(array.shape, array.dtype)
     for start in range(0, size, step):
         part = jax.lax.dynamic_slice_in_dim(array, start, min(step, size - start), axis)
-        place = (slice(None),) * axis + (slice(start, start + step),)
-        values[place] = multihost_utils.process_allgather(part, tiled=True)
+        where = (slice(None),) * axis + (slice(start, start + step),)
+        values[where] = multihost_utils.process_allgather(part, tiled=True)
     return values
 
 
