@@ -186,22 +186,28 @@ def temporaries(config: ModelConfig, shape: MeshShape, use: Evaluation, dtype: A
 
 
 @pytest.mark.parametrize(
-    ("config", "shape", "use", "dtype", "largest"),
+    ("config", "shape", "use", "largest"),
     [
-        (MID, (1, 1), Evaluation(512, 512), jnp.float32, "rows"),
-        (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=2), jnp.float32, "score"),
-        (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=64), jnp.float32, "decode"),
-        (MID, (2, 4), Evaluation(512, 512), jnp.float32, "rows"),
-        (MID, (1, 1), Evaluation(512, 512, rows=1, on_cpu=True), jnp.bfloat16, "decode"),
+        (MID, (1, 1), Evaluation(512, 512), "rows"),
+        (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=2), "score"),
+        (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=64), "decode"),
+        (MID, (2, 4), Evaluation(512, 512), "rows"),
     ],
 )
 def test_the_workspace_is_above_what_compiled_programs_use(
-    config: ModelConfig, shape: tuple[int, int], use: Evaluation, dtype: Any, largest: str
+    config: ModelConfig, shape: tuple[int, int], use: Evaluation, largest: str
 ) -> None:
-    used = temporaries(config, MeshShape(*shape), use, dtype)
-    planned = plan_memory(abstract_model(config, dtype), MeshShape(*shape), use).workspace
+    used = temporaries(config, MeshShape(*shape), use, jnp.float32)
+    planned = plan_memory(abstract_model(config), MeshShape(*shape), use).workspace
     assert max(used, key=used.__getitem__) == largest, used
     assert used[largest] <= planned <= 4 * used[largest], used
+
+
+def test_the_workspace_of_bfloat16_on_cpus() -> None:
+    """Up to some version, XLA keeps float32 copies of weights and caches there while it decodes."""
+    use = Evaluation(512, 512, rows=1, on_cpu=True)
+    used = temporaries(MID, MeshShape(1, 1), use, jnp.bfloat16)
+    assert max(used.values()) <= plan_memory(abstract_model(MID, jnp.bfloat16), MeshShape(1, 1), use).workspace
 
 
 # -------------------------------------------------------------------------------------------------------- choice
