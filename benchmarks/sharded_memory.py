@@ -43,7 +43,7 @@ def peak(function):
     result = function()
     return result, memory("VmHWM")
 
-mesh = lambda config, nbytes: make_mesh(MeshShape(1, processes), config.num_key_value_heads)
+mesh = lambda model: make_mesh(MeshShape(1, processes), model.config.num_key_value_heads)
 gather_from_all(b"connected")
 report = {"imports": memory("VmRSS")}
 checkpoint, report["loading"] = peak(lambda: convert.load(model, mesh=mesh))

@@ -277,7 +277,7 @@ def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[con
 def _use(args: argparse.Namespace) -> Evaluation:
     """What the devices need memory for, before it is known what the benchmarks ask."""
     most = {name: size for name, size in (("rows", args.batch_size), ("slots", args.batch_size)) if size}
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = args.device_memory is None and jax.default_backend() == "cpu"
     use = Evaluation(cached=_DOCUMENT_TOKENS, decoded=_ANSWER_TOKENS, on_cpu=on_cpu)
     return dataclasses.replace(use if args.max_length is None else use.within(args.max_length), **most)
 

@@ -215,7 +215,7 @@ def _use(args: argparse.Namespace) -> Evaluation | Pruning:
     if not args.evaluate and args.sample is None:
         return Pruning(stream=_streams(args))
     decoded = 0 if args.sample is None else _PROMPT_TOKENS + args.sample_tokens
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = args.device_memory is None and jax.default_backend() == "cpu"
     return Evaluation(cached=max(args.window, decoded), decoded=decoded, slots=1, on_cpu=on_cpu)
 
 
