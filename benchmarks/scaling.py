@@ -119,7 +119,7 @@ def main() -> None:
     results = []
     for name, count in cases:
         environment = dict(os.environ)
-        if environment.get("JAX_PLATFORMS") == "cpu":
+        if environment.get("JAX_PLATFORMS", "cpu") == "cpu":
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
         command = [sys.executable, str(Path(__file__)), "--case", name, str(count), "--runs", str(args.runs)]
         output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout

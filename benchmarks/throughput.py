@@ -18,8 +18,6 @@ with its static cache, step by step.
 import argparse
 import functools
 import json
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +28,7 @@ from flax import nnx
 from llama_shapes import HF_CONFIGS, shapes_of
 from rich.console import Console
 from rich.table import Table
+from scoring_bandwidth import median_seconds
 
 from evals.engine import SCORED_TOKENS, rows, score_tokens
 from gluprune_jax.generation import STEPS_PER_CALL, Sampling, decode, empty_state
@@ -38,16 +37,6 @@ from gluprune_jax.model import KVCache, Llama, ModelConfig, abstract_model
 from gluprune_jax.slicing import slice_neurons
 
 ROW, FILLED = 512, 1024  # tokens of a row, and of each sequence that is decoded
-
-
-def median_seconds(function: Callable[[], Any], runs: int) -> float:
-    jax.block_until_ready(function())
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def bounds(runs: int) -> dict[str, float]:

@@ -58,7 +58,7 @@ def _convert(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             revision=args.revision,
             stream="orbax" not in formats and args.mesh == "auto" and not args.distributed,
-            mesh=devices.chooses(args, Pruning()),
+            mesh=devices.chooses(args, [Pruning()]),
             progress=progress,
         )
         convert.save(checkpoint, args.output, formats=formats, overwrite=args.overwrite, progress=progress)

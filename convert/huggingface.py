@@ -270,15 +270,19 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, progress: Progress |
         remaining.pop(hf)
         return _for_file(names[hf], checkpoint.array(names[hf]), widest)
 
-    try:
-        if is_main():
-            for file, part in parts.items():
-                write_tensors(folder / file, part, values, written, ahead=not spread)
-    finally:
-        while spread and remaining:  # on the other processes all; on this one what is left when it fails
+    def gather_the_rest() -> None:
+        while spread and remaining:
             values(next(iter(remaining)))
+
     if not is_main():
+        gather_the_rest()
         return
+    try:
+        for file, part in parts.items():
+            write_tensors(folder / file, part, values, written, ahead=not spread)
+    except Exception:  # an interrupted process leaves at once instead
+        gather_the_rest()  # the others wait for this one to take part
+        raise
     if len(files) > 1:
         weight_map = {hf: file for file, members in files.items() for hf in members}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

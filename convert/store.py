@@ -35,7 +35,7 @@ from convert.huggingface import (
 from convert.safetensors_files import DTYPES
 from gluprune_jax.atomic import refuse_address, staged_directory
 from gluprune_jax.checkpoint import OpenedOrbax, is_orbax, open_orbax, save_orbax
-from gluprune_jax.distributed import broadcast_from_main, failing_together, is_main
+from gluprune_jax.distributed import broadcast_from_main, check_same, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.mesh import mesh_of, parameter_sharding, to_host
 from gluprune_jax.model import Llama
@@ -78,7 +78,9 @@ def load(
     """
     together = failing_together if mesh else contextlib.nullcontext
     with together():  # by itself: Orbax makes processes wait for each other while it loads
-        weights = _open(name, dtype, revision, stream, progress, mesh)
+        weights, identity = _open(name, dtype, revision, stream, progress, mesh)
+    if mesh:
+        check_same(f"the model {name}", [identity.encode(errors="backslashreplace")])
     with together():
         return weights()
 
@@ -100,7 +102,8 @@ def describe(name: str | Path, *, dtype: str | None = None, revision: str | None
         raise Described
 
     with contextlib.suppress(Described):
-        _open(name, dtype, revision, False, None, stop)()
+        weights, _ = _open(name, dtype, revision, False, None, stop)
+        weights()
     return described[0]
 
 
@@ -127,20 +130,14 @@ def refuse_own_folder(model: str, output: Path) -> None:
         raise RequestError(f"the output {output} is or holds the model itself; write to another folder")
 
 
-def refuse_to_stream(model: str) -> None:
-    """Makes sure that the weights of `model` can stay in their files until each is asked for (see `load`).
-
-    Raises:
-      RequestError: `model` is the demo, a GGUF file or an Orbax checkpoint.
-    """
+def loaded_whole(model: str) -> str | None:
+    """What a model is whose weights cannot stay in their files until each is asked for; None if they can."""
     path = Path(model).expanduser()
     if model == "demo" or (path.is_file() and path.suffix == ".gguf"):
-        kind = "a GGUF file"
-    elif path.is_dir() and _orbax_folder(path) is not None:
-        kind = "an Orbax checkpoint"
-    else:
-        return
-    raise RequestError(f"--stream reads Hugging Face folders and hub ids; {model} is {kind}, which is loaded whole")
+        return "a GGUF file"
+    if path.is_dir() and _orbax_folder(path) is not None:
+        return "an Orbax checkpoint"
+    return None
 
 
 def save(
@@ -204,8 +201,8 @@ def _open(
     stream: bool,
     progress: Progress | None,
     mesh: MeshChoice | None,
-) -> Callable[[], Checkpoint]:
-    """Finds a model and checks all but its weights, which the result loads."""
+) -> tuple[Callable[[], Checkpoint], str]:
+    """Finds a model and checks all but its weights, which the first result loads; the second tells it from others."""
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
     refuse_address(name)
@@ -215,16 +212,17 @@ def _open(
         raise RequestError(f"--revision {revision} belongs to a hub id; {name} is not one")
     if str(name) == "demo":
         demo, source = demo_path(), "SmolLM2-135M-Instruct (demo)"
-        return lambda: dataclasses.replace(read_gguf(demo, target, progress, mesh), source=source)
+        return lambda: dataclasses.replace(read_gguf(demo, target, progress, mesh), source=source), source
     if path.is_file():
         if path.suffix != ".gguf":
             raise RequestError(f"{path} is a file but not .gguf; give the folder of a Hugging Face checkpoint")
-        return lambda: read_gguf(path, target, progress, mesh)
+        return lambda: read_gguf(path, target, progress, mesh), f"{path.stat().st_size} bytes"
     if path.is_dir():
         if (orbax := _orbax_folder(path)) is not None:
             # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
             opened_orbax, assets = open_orbax(orbax), orbax.parent if orbax.name == "orbax" else orbax
-            return lambda: _read_orbax(opened_orbax, assets, str(name), target, mesh)
+            identity = f"{opened_orbax.config} {opened_orbax.metadata}"
+            return lambda: _read_orbax(opened_orbax, assets, str(name), target, mesh), identity
         folder = path
     elif looks_like_hub_id(str(name)):
         folder = hub_snapshot(str(name), revision)
@@ -233,7 +231,10 @@ def _open(
             f"there is no model {name}: not a file, not a folder, not a hub id (owner/name) and not 'demo'"
         )
     opened = open_huggingface(folder, str(name), target)
-    return lambda: opened if stream else opened.load(progress, mesh)
+    # The folder of a hub id is named for the commit.
+    tensors = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in opened.stored.values()]
+    identity = f"{'' if path.is_dir() else folder.name} {opened.stored_config} {sorted(tensors)}"
+    return lambda: opened if stream else opened.load(progress, mesh), identity
 
 
 def _orbax_folder(path: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -24,7 +23,7 @@ from evals.setting import Setting, describe_setting
 from evals.suites import SUITES, Benchmark, find_suite, resolve_tasks, task_manager, with_num_fewshot
 from evals.table import format_value, results_json, results_table
 from gluprune_jax import devices, terminal
-from gluprune_jax.distributed import failing_together, is_main
+from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import fingerprint
 from gluprune_jax.memory import Evaluation, show_plan
@@ -97,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--batch-size", type=int, metavar="N", help="rows of a batch (otherwise by the memory there is)")
     how.add_argument("--max-length", type=int, metavar="N", help="tokens of the window, if fewer than the model's")
     how.add_argument(
-        "--dry-run", action="store_true", help="show what the model takes of each device, and load nothing"
+        "--dry-run",
+        action="store_true",
+        help="show what the model takes of each device, and load nothing (a hub id is downloaded)",
     )
     how.add_argument("--programs", action="store_true", help="list the programs that were compiled")
     how.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
@@ -145,9 +146,11 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         limit = _check_request(args)
         _check_installed()
         plan = None if args.mask is None else PruningPlan.load(args.mask)
+        if args.dry_run:
+            _show_memory(args)
     if args.dry_run:
-        _show_memory(args)
         return
+    check_same(f"--mask {args.mask}", [] if plan is None else [plan.to_json().encode()])
     try:
         _run(args, limit, plan, command)
     except KeyboardInterrupt:
@@ -252,7 +255,7 @@ def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[con
             args.model,
             dtype=args.dtype,
             revision=args.revision,
-            mesh=devices.chooses(args, _use(args)),
+            mesh=devices.chooses(args, _uses(args)),
             progress=progress,
         )
         for note in checkpoint.notes:
@@ -274,21 +277,29 @@ def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[con
     return checkpoint, setting
 
 
-def _use(args: argparse.Namespace) -> Evaluation:
-    """What the devices need memory for, before it is known what the benchmarks ask."""
-    most = {name: size for name, size in (("rows", args.batch_size), ("slots", args.batch_size)) if size}
+def _uses(args: argparse.Namespace) -> list[Evaluation]:
+    """What the devices need memory for, before it is known what the benchmarks ask: what is wanted first, then less.
+
+    Without --batch-size the engine takes smaller batches where there is no room; few benchmarks have long documents.
+    """
     on_cpu = args.device_memory is None and jax.default_backend() == "cpu"
-    use = Evaluation(cached=_DOCUMENT_TOKENS, decoded=_ANSWER_TOKENS, on_cpu=on_cpu)
-    return dataclasses.replace(use if args.max_length is None else use.within(args.max_length), **most)
+    uses = [
+        Evaluation(cached=cached, decoded=_ANSWER_TOKENS, rows=rows, slots=slots, on_cpu=on_cpu)
+        for cached in (_DOCUMENT_TOKENS, _ANSWER_TOKENS)
+        for rows, slots in ([(4, 8), (1, 1)] if args.batch_size is None else [(args.batch_size,) * 2])
+    ]
+    return uses if args.max_length is None else [use.within(args.max_length) for use in uses]
 
 
 def _show_memory(args: argparse.Namespace) -> None:
     model = convert.describe(args.model, dtype=args.dtype, revision=args.revision)
-    memory, capacity = devices.plan(args, model, _use(args))
+    size = devices.capacity(args)
+    memory = devices.plan(args, model, _uses(args), size)
+    if not args.json:
+        show_plan(memory, size, _console())
+    devices.check(args, model, memory, size)
     if args.json:
-        print(json.dumps({"model": args.model, "memory": memory.summary(capacity)}, indent=1))
-    else:
-        show_plan(memory, capacity, _console())
+        print(json.dumps({"model": args.model, "memory": memory.summary(size)}, indent=1))
 
 
 def _use_compilation_cache() -> None:

@@ -32,6 +32,7 @@ from evals.engine import Engine, LogLikelihood
 from evals.journal import Journal, Response
 from evals.setting import check_tokenizer
 from gluprune_jax import terminal
+from gluprune_jax.distributed import check_same
 from gluprune_jax.errors import OperationError, RequestError, shortened
 from gluprune_jax.importance import fingerprint
 from gluprune_jax.plan import PruningPlan
@@ -516,7 +517,9 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
     # -------------------------------------------------------------------------------------------------- bookkeeping
 
     def _ask(self, kind: str, requests: Sequence[Any]) -> "_Requests":
-        return _Requests(kind, [request.args for request in requests], self._journal, self.cache_hook)
+        asked = _Requests(kind, [request.args for request in requests], self._journal, self.cache_hook)
+        check_same("the data of a benchmark", (repr(arguments).encode(errors="replace") for arguments in asked.open))
+        return asked
 
     def _progress(
         self, what: str, total: int, unit: str, quiet: bool

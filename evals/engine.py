@@ -332,9 +332,9 @@ class Engine:
             elif jax.default_backend() == "cpu":
                 self._rows_at_once = 1
             else:
-                config = self.model.config
-                widths = 2 * max(config.stored_intermediate_sizes) + 8 * config.hidden_size
-                row = longest * (widths * self._dtype.itemsize + config.num_attention_heads * longest * 4)
+                config, divided = self.model.config, shape_of(self.mesh).model
+                widths = 2 * max(config.stored_intermediate_sizes) // divided + 8 * config.hidden_size
+                row = longest * (widths * self._dtype.itemsize + config.num_attention_heads * longest * 4 // divided)
                 self._rows_at_once = max(1, min(_ACCELERATOR_TOKENS // longest, least(free_memory()) // 4 // row))
         return self._rows_at_once if self._rows_at_once == 1 else self._rows_at_once * longest // length
 
@@ -366,7 +366,8 @@ class Engine:
         slots = self._batch_size
         if slots is None:
             config, on_cpu = self.model.config, jax.default_backend() == "cpu"
-            token_bytes = 2 * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
+            heads = config.num_key_value_heads // (1 if self.mesh is None else self.mesh.shape["kv"])
+            token_bytes = 2 * heads * config.head_dim * self._dtype.itemsize
             slot_bytes = slots_for(longest) * config.num_hidden_layers * token_bytes
             slots = max(1, min(_CPU_SLOTS if on_cpu else _ACCELERATOR_SLOTS, least(free_memory()) // 3 // slot_bytes))
             slots = 1 << (slots.bit_length() - 1)

@@ -1,7 +1,7 @@
 """Where a command computes: its options `--mesh`, `--device-memory` and `--distributed`, and what becomes of them."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -38,42 +38,67 @@ def add_arguments(parser: argparse.ArgumentParser, auto: str) -> None:
     distributed.add_arguments(parser)
 
 
-def plan(args: argparse.Namespace, model: Llama, use: Evaluation | Pruning) -> tuple[MemoryPlan, int | None]:
-    """What a model takes of each device of the mesh that the options ask for, and what a device has, if it is known.
+def capacity(args: argparse.Namespace) -> int | None:
+    """Bytes of one device, as the options say or as it says itself; None where it does not.
+
+    Raises:
+      RequestError: an option that is spelled wrongly.
+    """
+    return device_memory() if args.device_memory is None else parse_bytes(args.device_memory)
+
+
+def plan(args: argparse.Namespace, model: Llama, uses: Sequence[Evaluation | Pruning], size: int | None) -> MemoryPlan:
+    """What a model takes of each device of the mesh that the options ask for. Whether it fits is for `check`.
 
     Args:
       args: the options.
       model: may be abstract.
-      use: what the model is to do; no sequence is longer than its window.
+      uses: what the model is to do, the most demanding first: the first that fits is planned, or else the last. No
+        sequence is longer than its window.
+      size: bytes of a device, from `capacity`.
 
     Raises:
-      RequestError: options that are spelled wrongly, or memory that does not suffice; with what would.
+      RequestError: an option that is spelled wrongly.
     """
-    if isinstance(use, Evaluation):
-        use = use.within(model.config.max_position_embeddings)
-    shape = parse_mesh(args.mesh)
-    capacity = device_memory() if args.device_memory is None else parse_bytes(args.device_memory)
-    if shape is None:
-        # CPU devices share one memory: it is no reason to divide a model.
-        shared = args.device_memory is None and jax.default_backend() == "cpu"
-        shape = choose_mesh(model, jax.device_count(), None if shared else capacity, use)
-    result = plan_memory(model, shape, use)
-    if capacity is not None:
-        check_fits(model, result, capacity)
-    return result, capacity
+    asked = parse_mesh(args.mesh)
+    # CPU devices share one memory: it is no reason to divide a model.
+    shared = args.device_memory is None and jax.default_backend() == "cpu"
+    for use in uses:
+        if isinstance(use, Evaluation):
+            use = use.within(model.config.max_position_embeddings)
+        shape = asked or choose_mesh(model, jax.device_count(), None if shared else size, use)
+        result = plan_memory(model, shape, use)
+        if size is None or result.fits(size):
+            break
+    return result
 
 
-def chooses(args: argparse.Namespace, use: Evaluation | Pruning) -> Callable[[Llama], Mesh | None]:
-    """The choice of a mesh that `convert.load` takes; raises as `plan` does."""
+def check(args: argparse.Namespace, model: Llama, planned: MemoryPlan, size: int | None) -> None:
+    """Makes sure that a plan fits on its devices.
+
+    Raises:
+      RequestError: it does not; with those options of the command that would help.
+    """
+    options = {f"--{name.replace('_', '-')}" for name in vars(args)}
+    if getattr(args, "stream", None) is not False:  # where it could stream and is not told otherwise, it does
+        options.discard("--stream")
+    if size is not None:
+        check_fits(model, planned, size, options)
+
+
+def chooses(args: argparse.Namespace, uses: Sequence[Evaluation | Pruning]) -> Callable[[Llama], Mesh | None]:
+    """The choice of a mesh that `convert.load` takes. All processes must call this; it raises as `plan` and `check`."""
     # What is spelled wrongly is refused before any file is opened.
     parse_mesh(args.mesh)
-    if args.device_memory is not None:
-        parse_bytes(args.device_memory)
+    own = capacity(args)
+    smallest = distributed.least(-1 if own is None else own)  # all must choose the same mesh
+    size = None if smallest < 0 else smallest
 
     def choose(model: Llama) -> Mesh | None:
-        shape = plan(args, model, use)[0].mesh
-        if shape == MeshShape(1, 1) and jax.process_count() == 1:
+        planned = plan(args, model, uses, size)
+        check(args, model, planned, size)
+        if planned.mesh == MeshShape(1, 1) and jax.process_count() == 1:
             return None
-        return make_mesh(shape, model.config.num_key_value_heads)
+        return make_mesh(planned.mesh, model.config.num_key_value_heads)
 
     return choose

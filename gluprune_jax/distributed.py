@@ -9,8 +9,9 @@ when it has given no sign of life for the time of `--heartbeat-timeout`.
 
 import argparse
 import contextlib
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -92,12 +93,43 @@ def least(value: int) -> int:
 
 def is_main() -> bool:
     """Whether this is the process that writes files and speaks."""
-    return jax.process_index() == 0
+    return not is_joined() or jax.process_index() == 0
+
+
+def is_joined() -> bool:
+    """Whether this process is one of several. It does not touch the devices, which may be in use or absent."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def check_same(what: str, parts: Iterable[bytes]) -> None:
+    """Makes sure that all processes have read the same: else they would compute different programs, and wait for ever.
+
+    All processes must call it.
+
+    Args:
+      what: names it in the error.
+      parts: its contents, which are only looked at where there are several processes.
+
+    Raises:
+      RequestError: they have not, on all processes.
+    """
+    if not is_joined():
+        return
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    digests = gather_from_all(digest.digest())
+    if different := [i for i, other in enumerate(digests) if other != digests[0]]:
+        error = RequestError(
+            f"process {different[0]} has read something else than process 0: {what}; give both the same"
+        )
+        error.all_know = True
+        raise error
 
 
 def broadcast_from_main(data: bytes) -> bytes:
     """The `data` of process 0, on every process. All processes must call it; what the others pass is not looked at."""
-    if jax.process_count() == 1:
+    if not is_joined():
         return data
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     return _as_bytes(multihost_utils.broadcast_one_to_all(_as_array(data if is_main() else b"", size)))
@@ -105,7 +137,7 @@ def broadcast_from_main(data: bytes) -> bytes:
 
 def gather_from_all(data: bytes) -> list[bytes]:
     """The `data` of every process, in their order, on every process. All processes must call it."""
-    if jax.process_count() == 1:
+    if not is_joined():
         return [data]
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
     if not sizes.any():

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -34,6 +34,8 @@ from gluprune_jax.terminal import format_bytes
 USABLE = Fraction(9, 10)
 # Tokens whose logits an evaluation forms at once, and batches whose hidden states it holds.
 _SCORED_TOKENS, _BATCHES = 256, 3
+# Options that may make a model fit.
+REMEDIES = ("--mesh", "--stream", "--batch-size", "--max-length", "--dtype")
 # No model is spread over more devices than this by a suggestion.
 _MOST_DEVICES = 4096
 _UNITS = {f"{prefix}{end}": base**n for end, base in (("b", 1000), ("ib", 1024)) for n, prefix in enumerate("kmgt", 1)}
@@ -47,7 +49,7 @@ class Evaluation:
     """Scoring and generation.
 
     Attributes:
-      cached: tokens of the longest shared beginning, document or prompt.
+      cached: tokens of the longest shared beginning or document that is scored.
       decoded: tokens of the longest prompt with its continuation; 0 where nothing is generated.
       rows: rows of 512 tokens that each replica runs at once.
       slots: sequences that each replica decodes together.
@@ -84,7 +86,8 @@ class MemoryPlan:
       mesh: replicas, and devices of each.
       use: what the model is to do.
       weights: exact, with width padding and what every device holds whole.
-      cache: keys and values, exact; 0 for pruning.
+      cache: keys and values, exact for sequences of these lengths; 0 for pruning. Scoring and generating do not
+        happen at the same time, so it is the larger of what they hold.
       workspace: an upper estimate of all else.
     """
 
@@ -142,10 +145,15 @@ def plan_memory(model: Llama, shape: MeshShape, use: Evaluation | Pruning) -> Me
         weights = max(layers) if use.stream else sum(parameters.values())
         return MemoryPlan(shape, use, weights, 0, _pruning_workspace(config, mesh, max(layers)))
     itemsize, weights = _itemsize(model), sum(parameters.values())
-    # A row for prefixes and prompts, and the slots; all devices hold how much of each row is filled.
-    rows = [(shape.data, cache_slots(use.cached))]
-    rows += [(shape.data * use.slots, slots_for(use.decoded))] * bool(use.decoded)
-    cache = sum(_cache_bytes(config, mesh, count, size, itemsize) + 4 * count for count, size in rows)
+
+    def held(*rows: tuple[int, int]) -> int:
+        """Caches of so many rows and tokens; all devices hold how much of each row is filled."""
+        return sum(_cache_bytes(config, mesh, count, size, itemsize) + 4 * count for count, size in rows)
+
+    cache = held((shape.data, cache_slots(use.cached)))
+    if use.decoded:  # the slots, and a row for prompts
+        slots = (shape.data * use.slots, slots_for(use.decoded))
+        cache = max(cache, held(slots, (shape.data, cache_slots(use.decoded))))
     workspace = _evaluation_workspace(config, mesh, use, itemsize)
     if use.on_cpu and itemsize < 4:
         workspace += (weights + cache) * 4 // itemsize
@@ -240,8 +248,9 @@ def _pruning_workspace(config: ModelConfig, mesh: AbstractMesh, layer: int) -> i
 def choose_mesh(model: Llama, devices: int, capacity: int | None, use: Evaluation | Pruning) -> MeshShape:
     """The mesh of `--mesh auto`.
 
-    Pruning divides one model over all devices. Evaluation holds as many replicas as fit: it spreads each over the
-    fewest devices, a divisor of their number, that have the memory.
+    Pruning divides one model over all devices; from file to file it is the work of one. Evaluation holds as many
+    replicas as fit: it spreads each over the fewest devices, a divisor of their number, that have the memory. Where
+    none of these fit, it is the mesh that asks for least (`check_fits` refuses it).
 
     Args:
       model: may be abstract; its dtypes count.
@@ -249,31 +258,25 @@ def choose_mesh(model: Llama, devices: int, capacity: int | None, use: Evaluatio
       capacity: bytes of each; None where they are not known, or are CPUs, which share one memory: then each device
         holds a replica.
       use: what the model is to do.
-
-    Raises:
-      RequestError: it fits on no mesh of so many devices; with what would help.
     """
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     candidates = [MeshShape(devices // size, size) for size in sizes]
     if isinstance(use, Pruning):
-        candidates = candidates[-1:]
+        candidates = [MeshShape(1, 1)] if use.stream else candidates[-1:]
     if capacity is None:
         return candidates[0]
     plans = [plan_memory(model, shape, use) for shape in candidates]
-    chosen = next((plan for plan in plans if plan.fits(capacity)), None)
-    if chosen is None:
-        chosen = min(plans, key=lambda plan: plan.total)
-        check_fits(model, chosen, capacity)
-    return chosen.mesh
+    return next((plan.mesh for plan in plans if plan.fits(capacity)), min(plans, key=lambda plan: plan.total).mesh)
 
 
-def check_fits(model: Llama, plan: MemoryPlan, capacity: int) -> None:
+def check_fits(model: Llama, plan: MemoryPlan, capacity: int, options: Collection[str] = REMEDIES) -> None:
     """Makes sure that a plan fits on its devices.
 
     Args:
       model: that of the plan.
       plan: from `plan_memory`.
       capacity: bytes of each device.
+      options: which of `REMEDIES` the command has.
 
     Raises:
       RequestError: it does not; with those changes that alone would help.
@@ -282,7 +285,7 @@ def check_fits(model: Llama, plan: MemoryPlan, capacity: int) -> None:
         return
     parts = {"weights": plan.weights, "cache": plan.cache, "workspace": plan.workspace}
     spelled = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-    remedies = list(_remedies(model, plan, capacity))
+    remedies = [text for option, text in _remedies(model, plan, capacity) if option in options]
     does = ", or ".join(remedies) if remedies else "no single change; fewer tokens, a smaller batch or larger devices"
     raise RequestError(
         f"on the mesh {plan.mesh} the model needs {format_bytes(plan.total)} of each device ({spelled}), and of the "
@@ -290,8 +293,8 @@ def check_fits(model: Llama, plan: MemoryPlan, capacity: int) -> None:
     )
 
 
-def _remedies(model: Llama, plan: MemoryPlan, capacity: int) -> Iterator[str]:
-    """Changes each of which would make a plan fit, as the user would spell them."""
+def _remedies(model: Llama, plan: MemoryPlan, capacity: int) -> Iterator[tuple[str, str]]:
+    """Changes each of which would make a plan fit: the option, and as the user would spell them."""
     shape, use = plan.mesh, plan.use
 
     def fits(shape: MeshShape = shape, use: Evaluation | Pruning = use, model: Llama = model) -> bool:
@@ -300,27 +303,27 @@ def _remedies(model: Llama, plan: MemoryPlan, capacity: int) -> Iterator[str]:
     wider = (size for size in range(shape.model + 1, shape.devices + 1) if shape.devices % size == 0)
     spread = (MeshShape(shape.devices // size, size) for size in wider)
     if other := next((other for other in spread if fits(other)), None):
-        yield f"--mesh {other}"
+        yield "--mesh", f"--mesh {other}"
     if isinstance(use, Pruning):
         if not use.stream and fits(use=Pruning(stream=True)):
-            yield "--stream"
+            yield "--stream", "--stream"
     else:
         rows = max(use.rows, use.slots)
         smaller = (rows >> n for n in range(1, rows.bit_length()))
         if size := next((n for n in smaller if fits(use=dataclasses.replace(use, rows=n, slots=n))), None):
-            yield f"--batch-size {size}"
+            yield "--batch-size", f"--batch-size {size}"
         longest = max(use.cached, use.decoded)
         shorter = (1 << n for n in reversed(range(7, (longest - 1).bit_length())))
         if size := next((n for n in shorter if fits(use=use.within(n))), None):
-            yield f"--max-length {size}"
+            yield "--max-length", f"--max-length {size}"
     wide = any(weight.dtype.itemsize > 2 for weight in jax.tree.leaves(nnx.state(model, nnx.Param)))
     if wide and fits(model=abstract_model(model.config, jnp.bfloat16)):
-        yield "--dtype bfloat16"
+        yield "--dtype", "--dtype bfloat16"
     if other is None:
         # Powers of two, as devices come: others divide few models.
         counts = (1 << n for n in range(shape.devices.bit_length(), _MOST_DEVICES.bit_length()))
         if count := next((count for count in counts if fits(MeshShape(1, count))), None):
-            yield f"{count} such devices and --mesh model={count}"
+            yield "--mesh", f"{count} such devices and --mesh model={count}"
 
 
 # ---------------------------------------------------------------------------------------------------------- table
@@ -340,6 +343,13 @@ def show_plan(plan: MemoryPlan, capacity: int | None, console: Console) -> None:
     if capacity is not None:
         table.add_row("the device", format_bytes(capacity), "100.0%")
     console.print(table)
+    if isinstance(plan.use, Evaluation):
+        generated = f"; {plan.use.slots} sequences of {plan.use.decoded:,} decoded together" * bool(plan.use.decoded)
+        console.print(
+            f"in each replica: {plan.use.rows} rows of 512 tokens at once; documents and shared beginnings of "
+            f"{plan.use.cached:,} tokens{generated}",
+            style="dim",
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- machine

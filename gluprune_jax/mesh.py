@@ -89,7 +89,13 @@ def make_mesh(shape: MeshShape, num_key_value_heads: int, devices: Sequence[Any]
     sizes = axis_sizes(shape, num_key_value_heads)
     # `jax.make_mesh` divides an axis of the hardware between two of the mesh on v5e alone: on a v6e of 16 x 16 it has
     # no mesh of 32 x 8.
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    try:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:  # of TPUs whose chips form no such grid
+        raise RequestError(
+            f"the mesh {shape} cannot be laid out on these {len(devices)} devices ({error}); choose sizes that use all "
+            f"of them, in powers of two"
+        ) from error
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -17,12 +17,12 @@ from rich.console import Console
 
 import convert
 from convert.model_card import model_card
-from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder, refuse_to_stream
+from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, loaded_whole, parse_formats, refuse_own_folder
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
 from gluprune_jax import devices, terminal
 from gluprune_jax.atomic import check_file, check_target
-from gluprune_jax.distributed import failing_together, is_main
+from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.errors import GlupruneError, RequestError
 from gluprune_jax.generation import generate
 from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
@@ -134,6 +134,8 @@ def _prune(args: argparse.Namespace, command: str) -> None:
         texts = [read_text(name) for name in args.evaluate or ()]
         plan = None if args.plan is None else PruningPlan.load(args.plan)
         memory = _plan_memory(args) if args.dry_run else None
+    check_same(f"--plan {args.plan}", [] if plan is None else [plan.to_json().encode()])
+    check_same("the texts of --evaluate", (text.encode() for text in texts))
     clock = _Clock()
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(
@@ -141,7 +143,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             dtype=args.dtype,
             revision=args.revision,
             stream=args.dry_run or _streams(args),
-            mesh=None if args.dry_run else devices.chooses(args, _use(args)),  # its devices need not be there
+            mesh=devices.chooses(_devices_there(args) if args.dry_run else args, [_use_in_memory(args)]),
             progress=progress,
         )
     model, dense = checkpoint.model, checkpoint.config
@@ -204,16 +206,18 @@ def _streams(args: argparse.Namespace) -> bool:
     """Whether the weights may stay in their files: nothing asks for the model in the memory of certain devices."""
     if args.stream is not None:
         return bool(args.stream)
+    if loaded_whole(args.model):
+        return False
     if args.evaluate or args.sample is not None or args.mesh != "auto" or args.distributed:
         return False
     # Orbax is written from the pruned model in memory, which several devices hold better together.
     return "orbax" not in parse_formats(args.format) or jax.device_count() == 1
 
 
-def _use(args: argparse.Namespace) -> Evaluation | Pruning:
-    """What the devices need memory for."""
+def _use_in_memory(args: argparse.Namespace) -> Evaluation | Pruning:
+    """What the devices need memory for, where the model is loaded."""
     if not args.evaluate and args.sample is None:
-        return Pruning(stream=_streams(args))
+        return Pruning()
     decoded = 0 if args.sample is None else _PROMPT_TOKENS + args.sample_tokens
     on_cpu = args.device_memory is None and jax.default_backend() == "cpu"
     return Evaluation(cached=max(args.window, decoded), decoded=decoded, slots=1, on_cpu=on_cpu)
@@ -222,10 +226,17 @@ def _use(args: argparse.Namespace) -> Evaluation | Pruning:
 def _plan_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Shows what the model will take of each device, before any of it is loaded."""
     model = convert.describe(args.model, dtype=args.dtype, revision=args.revision)
-    plan, capacity = devices.plan(args, model, _use(args))
+    size = devices.capacity(args)
+    plan = devices.plan(args, model, [Pruning(stream=_streams(args))], size)  # a dry run measures nothing
     if not args.json:
-        show_plan(plan, capacity, _console())
-    return plan.summary(capacity)
+        show_plan(plan, size, _console())
+    devices.check(args, model, plan, size)
+    return plan.summary(size)
+
+
+def _devices_there(args: argparse.Namespace) -> argparse.Namespace:
+    """The options for the devices that there are: a dry run may plan for others, but scores on these."""
+    return argparse.Namespace(**vars(args) | {"mesh": "auto", "device_memory": None})
 
 
 def _console() -> Console:
@@ -294,7 +305,10 @@ def _check_streaming(args: argparse.Namespace, formats: Sequence[str]) -> None:
         raise RequestError(
             "--stream is the work of one process, with no model in memory to divide; leave out --mesh and --distributed"
         )
-    refuse_to_stream(args.model)
+    if kind := loaded_whole(args.model):
+        raise RequestError(
+            f"--stream reads Hugging Face folders and hub ids; {args.model} is {kind}, which is loaded whole"
+        )
 
 
 def _check_plan_out(args: argparse.Namespace) -> None:

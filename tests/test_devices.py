@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 from test_evals_command import VOCABULARY, write_tokenizer
-from tiny_models import hf_config, write_folder
+from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert.__main__
 import evals.__main__
@@ -59,12 +59,63 @@ def test_files_do_not_depend_on_the_mesh(model: Path, tmp_path: Path, capsys: Ca
     assert weights[0] == weights[1]
 
 
+def test_other_devices_are_no_cpus(tmp_path: Path, capsys: Capture) -> None:
+    """What XLA's CPU client copies is not planned for devices that are named by their memory."""
+    config = hf_config(torch_dtype="bfloat16", max_position_embeddings=32768)
+    folder = write_folder(tmp_path / "model", config, hf_tensors(config, "bfloat16"))
+    argv = ("--model", folder, "--suite", "paper", "--dry-run", "--mesh", "model=1")
+    plans = [
+        document(capsys, evals.__main__.main, *argv, *options)["memory"]["bytes_per_device"]
+        for options in ((), ("--device-memory", "1GiB"))
+    ]
+    assert plans[0]["workspace"] - plans[1]["workspace"] >= 2 * (plans[1]["weights"] + plans[1]["cache"])
+    assert plans[0]["cache"] == plans[1]["cache"]
+
+
+def test_what_is_loaded_whole_is_planned_whole(tmp_path: Path, model: Path, capsys: Capture) -> None:
+    """An Orbax checkpoint cannot stay in its files, nor does a plan for other devices have to fit on these."""
+    assert run(convert.__main__.main, model, tmp_path / "orbax", "--format", "orbax") == 0
+    weights = []
+    for path in (model, tmp_path / "orbax"):
+        argv = ("--model", path, "--width", "41", "--dry-run", "--device-memory", "1GiB")
+        memory = document(capsys, gluprune_jax.prune.main, *argv)["memory"]
+        weights.append((memory["mesh"]["model"], memory["bytes_per_device"]["weights"]))
+    assert weights[0] == (1, 3 * 83 * 48 * 4)  # the three matrices of a layer
+    assert weights[1][0] == 8
+    argv = (
+        "--model",
+        tmp_path / "orbax",
+        "--width",
+        "41",
+        "--dry-run",
+        "--mesh",
+        "model=64",
+        "--device-memory",
+        "1GiB",
+    )
+    assert document(capsys, gluprune_jax.prune.main, *argv)["memory"]["devices"] == 64
+
+
+def test_less_is_planned_where_what_is_wanted_does_not_fit(model: Path, capsys: Capture) -> None:
+    argv = ("--model", model, "--suite", "paper", "--dry-run", "--mesh", "model=1")
+    totals = []
+    for size in ("1GiB", "20MB"):
+        memory = document(capsys, evals.__main__.main, *argv, "--device-memory", size)["memory"]
+        assert memory["fits"] is True
+        totals.append(memory["bytes_per_device"]["total"])
+    assert totals[0] > 20e6 > totals[1]
+    assert run(evals.__main__.main, *argv, "--device-memory", "20MB", "--batch-size", "8") == 2
+    output = capsys.readouterr()
+    assert "in each replica: 8 rows of 512 tokens at once" in output.out
+    assert "what would do: --batch-size" in output.err
+
+
 def test_what_auto_chooses(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """Pruning divides one model over the eight devices; evaluation holds a replica on each."""
     loaded: list[Any] = []
 
     def remember(abstract: Any) -> Any:
-        loaded.append(chooses(args, Pruning())(abstract))
+        loaded.append(chooses(args, [Pruning()])(abstract))
         return loaded[-1]
 
     args = gluprune_jax.prune.parser().parse_args(["--model", str(model), "--width", "41"])
@@ -101,10 +152,10 @@ def test_a_dry_run_plans_for_devices_that_are_not_there(
         (gluprune_jax.prune.main, ("--width", "41", "--mesh", "data=8", "--output", "out"), "--mesh data="),
         (
             evals.__main__.main,
-            ("--suite", "quick", "--dry-run", "--mesh", "data=8"),
+            ("--suite", "quick", "--dry-run", "--mesh", "data=8", "--batch-size", "4"),
             "--mesh data=4,model=2, or --batch-size 2",
         ),
-        (evals.__main__.main, ("--suite", "quick", "--mesh", "data=8"), "--batch-size 2"),
+        (evals.__main__.main, ("--suite", "quick", "--mesh", "data=8", "--batch-size", "4"), "--batch-size 2"),
         (convert.__main__.main, ("out", "--format", "orbax", "--mesh", "data=8"), "--mesh data="),
     ],
 )

@@ -259,10 +259,10 @@ def test_more_tokens_take_more_devices() -> None:
     assert sizes == [1, 2, 8]
 
 
-def test_pruning_divides_one_model_over_all_devices() -> None:
+def test_pruning_divides_one_model_over_all_devices_and_streams_on_one() -> None:
     for name in LLAMA:
-        for use in (Pruning(), Pruning(stream=True)):
-            assert choose_mesh(llama(name), 16, 16 * GiB, use) == MeshShape(1, 16)
+        assert choose_mesh(llama(name), 16, 16 * GiB, Pruning()) == MeshShape(1, 16)
+        assert choose_mesh(llama(name), 16, 16 * GiB, Pruning(stream=True)) == MeshShape(1, 1)
 
 
 def test_unknown_memory_and_that_of_cpus() -> None:
@@ -322,11 +322,21 @@ def test_bfloat16_is_no_remedy_on_cpus() -> None:
     assert "bfloat16" not in refusal("Llama-3.2-1B", MeshShape(1, 1), 6 * GiB, use, jnp.float32)
 
 
-def test_the_automatic_choice_refuses_too() -> None:
-    with pytest.raises(RequestError, match=r"on the mesh data=1,model=4 .* 16 such devices and --mesh model=16$"):
-        choose_mesh(llama("Llama-3.1-70B"), 4, 16 * GiB, EVALUATION)
-    with pytest.raises(RequestError, match=r"what would do: --stream, or 16 such devices and --mesh model=16$"):
-        choose_mesh(llama("Llama-3.1-70B"), 8, 16 * GiB, Pruning())
+def test_the_automatic_choice_is_refused_too() -> None:
+    for devices, use, message in (
+        (4, EVALUATION, r"on the mesh data=1,model=4 .* 16 such devices and --mesh model=16$"),
+        (8, Pruning(), r"what would do: --stream, or 16 such devices and --mesh model=16$"),
+    ):
+        shape = choose_mesh(llama("Llama-3.1-70B"), devices, 16 * GiB, use)
+        model = llama("Llama-3.1-70B")
+        with pytest.raises(RequestError, match=message):
+            check_fits(model, plan_memory(model, shape, use), 16 * GiB)
+
+
+def test_only_options_that_a_command_has_are_named() -> None:
+    model = llama("Llama-3.1-70B")
+    with pytest.raises(RequestError, match=r"what would do: 16 such devices and --mesh model=16$"):
+        check_fits(model, plan_memory(model, MeshShape(1, 8), Pruning()), 16 * GiB, {"--mesh", "--dtype"})
 
 
 def test_a_tenth_is_spared() -> None:

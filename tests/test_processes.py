@@ -179,9 +179,7 @@ def test_a_process_that_dies_ends_the_others_and_its_work_is_kept(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     workers[victim].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    results = finish(workers, timeout=HEARTBEAT + 60)
-    assert time.monotonic() - killed < HEARTBEAT + 60
+    results = finish(workers, timeout=HEARTBEAT + 60)  # or it fails
     assert results[victim][0] == -signal.SIGKILL
     assert results[1 - victim][0] != 0
     (journal,) = (tmp_path / "results").glob("*/responses.jsonl")
@@ -203,6 +201,14 @@ def test_what_one_process_refuses_all_do_and_the_first_says_so(tmp_path: Path, m
     )
     assert results[1][1:] == ("", "")
     assert not (tmp_path / "out").exists()
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text in texts:
+        text.write_text(f"{text.name} is not the other one. " * 40)
+    results = run("gluprune_jax.prune", "--model", model, *target, "--evaluate", texts)
+    assert [status for status, _, _ in results] == [2, 2]
+    assert (
+        "process 1 has read something else than process 0: the texts of --evaluate; give both the same" in results[0][2]
+    )
     results = run("gluprune_jax.prune", "--model", model, *target, "--mesh", "data=1,model=3")
     assert [status for status, _, _ in results] == [2, 2]
     assert "the mesh data=1,model=3 has 3 devices, and there are 4 in 2 processes" in results[0][2]
