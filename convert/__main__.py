@@ -4,14 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import convert
-from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
+from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_format, refuse_own_folder
 from gluprune_jax import devices, terminal
 from gluprune_jax.atomic import check_target
 from gluprune_jax.distributed import failing_together, is_main
 from gluprune_jax.memory import Pruning
+from gluprune_jax.object_store import folder_at
 
 DESCRIPTION = """\
 Converts a Llama-family checkpoint between formats without changing a bit of its weights (unless --dtype asks).
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = terminal.ArgumentParser("python -m convert", DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("output", type=folder_at, metavar="DIR", help="folder to write; of Orbax also gs://...")
     parser.add_argument(
         "--format", default="hf", metavar="LIST", help=f"{' and/or '.join(FORMATS)}, comma-separated; orbax: DIR/orbax"
     )
@@ -50,6 +50,7 @@ def _convert(args: argparse.Namespace) -> None:
     formats = parse_formats(args.format)
     with failing_together():
         if is_main():
+            refuse_format(args.output, formats)
             check_target(args.output, args.overwrite)
             refuse_own_folder(args.model, args.output)
     with terminal.byte_progress() as progress:

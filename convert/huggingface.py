@@ -44,6 +44,7 @@ from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import MLPWeights
 from gluprune_jax.mesh import is_local, parameter_sharding, to_host
 from gluprune_jax.model import ModelConfig
+from gluprune_jax.object_store import Folder
 from gluprune_jax.plan import PruningPlan
 from gluprune_jax.slicing import slice_neurons
 
@@ -71,7 +72,7 @@ MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
 _INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
 
-def read_assets(folder: Path) -> dict[str, bytes]:
+def read_assets(folder: Folder) -> dict[str, bytes]:
     """The tokenizer, generation config and licence files of a folder, by name."""
     try:
         return {

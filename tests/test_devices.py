@@ -188,7 +188,8 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(
         (("--mesh", "2x4"), "--mesh is '2x4'; write auto, or sizes such as data=2,model=4"),
         (("--mesh", "model=9"), "the mesh data=1,model=9 has 9 devices, and there are 8"),
         (("--device-memory", "16"), "--device-memory is '16'; write a positive number and its unit"),
-        (("--output", "gs://bucket/model"), "is the address of an object store"),
+        (("--output", "s3://bucket/model"), "is an address, which is not opened here"),
+        (("--output", "gs://bucket/model", "--format", "hf"), "give --format orbax, or mount the bucket"),
     ],
 )
 def test_refusals(
@@ -212,7 +213,7 @@ def test_addresses_are_no_models(capsys: Capture, tmp_path: Path) -> None:
     for main, argv in (
         (gluprune_jax.prune.main, ("--model", "s3://bucket/model", "--width", "4", "--dry-run")),
         (evals.__main__.main, ("--model", "demo", "--suite", "quick", "--output", "gs://bucket/results")),
-        (convert.__main__.main, ("gs://bucket/model", tmp_path / "out")),
+        (convert.__main__.main, ("s3://bucket/model", tmp_path / "out")),
     ):
         assert run(main, *argv) == 2
-        assert "is the address of an object store, which is not opened directly" in capsys.readouterr().err
+        assert "is an address, which is not opened here" in capsys.readouterr().err
