@@ -18,6 +18,7 @@ import convert
 from convert.pypi import cache_folder
 from convert.store import DTYPE_NAMES, MODEL_HELP
 from convert.tokenizer import load_tokenizer
+from evals.footprint import evaluation_uses
 from evals.results import Result, SettingResults, check_output, load_results, open_setting
 from evals.setting import Setting, describe_setting
 from evals.suites import SUITES, Benchmark, find_suite, resolve_tasks, task_manager, with_num_fewshot
@@ -28,9 +29,6 @@ from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import fingerprint
 from gluprune_jax.memory import Evaluation, show_plan
 from gluprune_jax.plan import PruningPlan
-
-# What memory is planned for: the longest page of WikiText, and the longest answer with its prompt.
-_DOCUMENT_TOKENS, _ANSWER_TOKENS = 16896, 2048
 
 DESCRIPTION = """\
 Evaluates a Llama-family model on the tasks of lm-evaluation-harness, in JAX, and stores the results with the outcome
@@ -278,17 +276,7 @@ def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[con
 
 
 def _uses(args: argparse.Namespace) -> list[Evaluation]:
-    """What the devices need memory for, before it is known what the benchmarks ask: what is wanted first, then less.
-
-    Without --batch-size the engine takes smaller batches where there is no room; few benchmarks have long documents.
-    """
-    on_cpu = args.device_memory is None and jax.default_backend() == "cpu"
-    uses = [
-        Evaluation(cached=cached, decoded=_ANSWER_TOKENS, rows=rows, slots=slots, on_cpu=on_cpu)
-        for cached in (_DOCUMENT_TOKENS, _ANSWER_TOKENS)
-        for rows, slots in ([(4, 8), (1, 1)] if args.batch_size is None else [(args.batch_size,) * 2])
-    ]
-    return uses if args.max_length is None else [use.within(args.max_length) for use in uses]
+    return evaluation_uses(args.batch_size, args.max_length, args.device_memory)
 
 
 def _show_memory(args: argparse.Namespace) -> None:

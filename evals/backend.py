@@ -9,6 +9,7 @@ met the same stop string. Nothing here imports torch.
     python -m evals lm-eval run --model gluprune --model_args pretrained=demo --tasks arc_easy
 """
 
+import argparse
 import array
 import contextlib
 import functools
@@ -29,9 +30,10 @@ from convert.checkpoint import model_arrays
 from convert.tokenizer import end_of_sequence_ids, load_tokenizer
 from evals.decoding import Decoding, StopStrings, changes_to_greedy, parse_decoding
 from evals.engine import Engine, LogLikelihood
+from evals.footprint import evaluation_uses
 from evals.journal import Journal, Response
 from evals.setting import check_tokenizer
-from gluprune_jax import terminal
+from gluprune_jax import devices, terminal
 from gluprune_jax.distributed import check_same
 from gluprune_jax.errors import OperationError, RequestError, shortened
 from gluprune_jax.importance import fingerprint
@@ -46,6 +48,7 @@ MODEL_ARGUMENTS = (
     "max_length",
     "add_bos_token",
     "prefix_token_id",
+    "mesh",
 )
 
 # Requests whose texts are tokenised together: enough for all cores; a token takes a hundred bytes meanwhile.
@@ -67,6 +70,9 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
       max_length: tokens of the window, if fewer than the model's.
       add_bos_token: whether texts begin with the BOS token, unless they do already. None leaves it to the tokenizer.
       prefix_token_id: stands for an empty context and before documents; otherwise BOS, or EOS where there is none.
+      mesh: such as "data=2,model=4", as `--mesh` of `python -m evals`: replicas, and the devices that each is divided
+        over; "auto": as many replicas as fit. On lm-eval's command line it stands in quotes of its own, for its comma:
+        --model_args 'pretrained=demo,mesh="data=2,model=4"'.
       device: does nothing, for lm-eval's command line says "cuda:0" to every model. JAX takes the accelerator that is
         there, or what the environment variable JAX_PLATFORMS names.
       unknown: nothing else is accepted.
@@ -93,6 +99,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         max_length: int | None = None,
         add_bos_token: bool | None = False,
         prefix_token_id: int | None = None,
+        mesh: str = "auto",
         device: str | None = None,
         **unknown: Any,
     ) -> None:
@@ -107,11 +114,13 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         window = _parse_integer("max_length", max_length)
         prefix = _parse_integer("prefix_token_id", prefix_token_id)
         plan = None if mask is None else PruningPlan.load(Path(str(mask)).expanduser())
+        where = argparse.Namespace(mesh=str(mesh), device_memory=None)
         with terminal.byte_progress() as progress:
             checkpoint = convert.load(
                 str(pretrained),
                 dtype=None if dtype in (None, "auto") else str(dtype),
                 revision=None if revision is None else str(revision),
+                mesh=devices.chooses(where, evaluation_uses(rows, window, None)),
                 progress=progress,
             )
         for sentence in checkpoint.notes:

@@ -34,6 +34,7 @@ from evals.lm_eval_command import run_lm_eval
 from gluprune_jax import make_plan, score
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.generation import STEPS_PER_CALL
+from gluprune_jax.mesh import MeshShape, shape_of
 from gluprune_jax.model import Llama
 
 LICENSE = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
@@ -574,6 +575,17 @@ def test_models_are_made_from_lm_evals_arguments(folder: Path, tmp_path: Path) -
     assert dense.batch_size == sliced.batch_size == 2
 
 
+def test_the_mesh_is_one_of_the_arguments(folder: Path) -> None:
+    row = requests("loglikelihood", ("A", " b"), ("B", " c d"))
+    one = GlupruneLM(str(folder), mesh="model=1")
+    expected = [value for value, _ in one.loglikelihood(row)]
+    assert one.engine.mesh is None
+    for mesh, shape in (("data=2,model=4", MeshShape(2, 4)), ("model=2", MeshShape(1, 2)), ("auto", MeshShape(8, 1))):
+        lm = GlupruneLM.create_from_arg_obj({"pretrained": str(folder), "mesh": mesh})
+        assert shape_of(lm.engine.mesh) == shape
+        assert [value for value, _ in lm.loglikelihood(row)] == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -592,6 +604,8 @@ def test_models_are_made_from_lm_evals_arguments(folder: Path, tmp_path: Path) -
         ("pretrained={},add_bos_token=maybe", r"add_bos_token is 'maybe'"),
         ("pretrained={},prefix_token_id=320", r"prefix_token_id is 320; it must lie between 0 and 319"),
         ("pretrained={},mask=none.json", r"none\.json"),
+        ("pretrained={},mesh=2x4", r"--mesh is '2x4'; write auto, or sizes such as data=2,model=4"),
+        ("pretrained={},mesh=data=2,model=4", r"no argument 'model'"),
         ("pretrained={},revision=main", r"revision main belongs to a hub id"),
     ],
 )
@@ -695,7 +709,8 @@ def test_lm_evals_command_line_runs_our_models(
     common = ["--include_path", str(tmp_path / "tasks"), "--num_fewshot", "0", "--limit", "3"]
     names = "tiny_choice,tiny_words,tiny_pages,tiny_sums"
     before = list(sys.argv)
-    arguments = ["--model", "gluprune", "--model_args", f"pretrained={folder}", "--tasks", names, *common]
+    mesh = 'mesh="data=2,model=4"'
+    arguments = ["--model", "gluprune", "--model_args", f"pretrained={folder},{mesh}", "--tasks", names, *common]
     output = ["--output_path", str(tmp_path / "out"), "--log_samples", "--apply_chat_template"]
     assert run_lm_eval([*arguments, *output]) == 0
     assert sys.argv == before
@@ -706,6 +721,7 @@ def test_lm_evals_command_line_runs_our_models(
     (results,) = tmp_path.glob("out/*/results_*.json")
     report = json.loads(results.read_text())
     assert report["config"]["model_num_parameters"] > 0
+    assert report["config"]["model_args"]["mesh"] == "data=2,model=4"
     assert report["chat_template"] == CHAT
     assert len(list(tmp_path.glob("out/*/samples_*.jsonl"))) == 5
 
