@@ -1,4 +1,4 @@
-"""The README.md of a pruned checkpoint: what it is, what was done to it, and how to do it again."""
+"""The README.md of a pruned or trained checkpoint: what it is, what was done to it, and how to do it again."""
 
 import json
 from collections.abc import Mapping
@@ -59,6 +59,38 @@ def model_card(checkpoint: Checkpoint, dense: ModelConfig, evaluation: Mapping[s
         lines += [f"- {name}: {value:.4g}" for name, value in evaluation["perplexity"].items()]
     lines += ["", "## Reproduce", "", "```", command, "```", ""]
     return "\n".join(lines)
+
+
+def recovery_card(checkpoint: Checkpoint, record: Mapping[str, Any], last: Mapping[str, float], command: str) -> str:
+    """Markdown for a model after recovery training.
+
+    Args:
+      checkpoint: the trained model.
+      record: steps, tokens, teacher and settings.
+      last: the last line of the log.
+      command: what reproduces the checkpoint.
+    """
+    settings = {name: value for name, value in record["settings"].items() if value is not None}
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [gluprune, pruned, llama]",
+        "---",
+        "",
+        f"# {checkpoint.source}, after recovery training",
+        "",
+        f"{record['tokens']:,} tokens in {record['steps']:,} steps with gluprune_jax, "
+        + (f"distilled from {record['teacher']}." if record["teacher"] else "plain language modelling."),
+        "",
+        "| option | value |",
+        "|---|---|",
+        *(f"| `{name}` | {value} |" for name, value in settings.items()),
+        "",
+    ]
+    if last:
+        terms = (f"{name} {last[name]:.4g}" for name in ("loss", "kl", "ce", "hidden") if name in last)
+        lines += [f"The last step: {', '.join(terms)}.", ""]
+    return "\n".join([*lines, "## Reproduce", "", "```", command, "```", ""])
 
 
 def _span(sizes: tuple[int, ...]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,24 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
         ids: list[int] = tokenizer.encode(prompt)
         return ids
-    message = [{"role": "user", "content": prompt}]
+    return _encode_messages(tokenizer, [{"role": "user", "content": prompt}], is_asking=True)
+
+
+def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a whole conversation in the chat template.
+
+    Raises:
+      RequestError: the tokenizer has no chat template.
+      OperationError: the template fails.
+    """
+    if tokenizer.chat_template is None:
+        raise RequestError("the model's tokenizer has no chat template, which conversations need; give plain text")
+    return _encode_messages(tokenizer, messages, is_asking=False)
+
+
+def _encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], is_asking: bool) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=is_asking, tokenize=False)
     except Exception as error:  # a template is a program
         raise OperationError(f"the chat template of the tokenizer fails: {error}") from error
     return encode_text(tokenizer, text)

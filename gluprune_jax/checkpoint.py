@@ -68,7 +68,7 @@ def save_orbax(path: Folder, model: Llama, metadata: Mapping[str, Any]) -> None:
     if taken := sorted(own.keys() & metadata.keys()):
         raise ValueError(f"metadata has the keys {taken}, which the checkpoint uses itself")
     arrays = {_names(at): variable.get_value() for at, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    with _calling_orbax(f"cannot write the Orbax checkpoint {path}"):
+    with calling_orbax(f"cannot write the Orbax checkpoint {path}"):
         ocp.save_checkpointables(path, {_ITEM: _nested(arrays)}, custom_metadata={**metadata, **own})
         if jax.process_index() == 0:
             (path / COMMIT_FILE).write_text(json.dumps(_sizes(path), indent=1), encoding="utf-8")
@@ -112,7 +112,7 @@ class OpenedOrbax:
         # it is in storage padding, and Orbax cuts it off or fills it up with zeros as it reads.
         context = ocp.Context()
         context.array.loading.enable_padding_and_truncation = config != self.config
-        with _calling_orbax(_unreadable(self.path)), context:
+        with calling_orbax(_unreadable(self.path)), context:
             arrays = _flat(ocp.load_checkpointables(self.path, {_ITEM: _nested(wanted)})[_ITEM])
         return _filled(config, arrays)
 
@@ -127,7 +127,7 @@ def open_orbax(path: Folder) -> OpenedOrbax:
 
     path = _absolute(path)
     _check_files(path)
-    with _calling_orbax(_unreadable(path)):
+    with calling_orbax(_unreadable(path)):
         stored = ocp.checkpointables_metadata(path)
         if stored.metadata.get(_ITEM) is None:  # Orbax logs the reason and goes on
             raise ValueError(f"Orbax finds no arrays in {_ITEM}")
@@ -167,7 +167,7 @@ def _filled(config: ModelConfig, arrays: Mapping[tuple[str, ...], Any]) -> Llama
 
 
 @contextlib.contextmanager
-def _calling_orbax(failure: str) -> Iterator[None]:
+def calling_orbax(failure: str) -> Iterator[None]:
     """Reports whatever Orbax and its storage layers raise as one sentence, and keeps their logs off the terminal."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.disabled for logger in loggers]

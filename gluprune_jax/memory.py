@@ -136,7 +136,7 @@ def plan_memory(model: Llama, shape: MeshShape, use: Evaluation | Pruning) -> Me
     """
     config = dataclasses.replace(model.config, width_multiple=shape.model)
     mesh = AbstractMesh(axis_sizes(shape, config.num_key_value_heads), MESH_AXES)
-    parameters = dict(_parameter_bytes(model, config, mesh))
+    parameters = dict(parameter_bytes(model, config, mesh))
     if isinstance(use, Pruning):
         layers = [
             sum(bytes_ for path, bytes_ in parameters.items() if path[:3] == ("layers", i, "mlp"))
@@ -166,7 +166,7 @@ def _bytes(mesh: AbstractMesh, axes: Sequence[str | None], shape: Sequence[int],
     return math.prod(sharding.shard_shape(tuple(shape))) * itemsize
 
 
-def _parameter_bytes(model: Llama, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int]]:
+def parameter_bytes(model: Llama, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[tuple[Any, ...], int]]:
     """Bytes that one device holds of each parameter, by path, its neurons padded as `config` says."""
     flat: Sequence[tuple[tuple[Any, ...], Any]] = nnx.to_flat_state(nnx.state(model, nnx.Param))
     for path, variable in flat:

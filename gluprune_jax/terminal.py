@@ -180,6 +180,25 @@ def count_progress(what: str, total: int, unit: str) -> Iterator[Callable[[int],
         yield lambda done: progress.update(task, completed=done)
 
 
+@contextlib.contextmanager
+def training_progress(steps: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A bar for training; yields `report(steps done, loss, tokens per second)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    with _progress(*columns) as progress:
+        task = progress.add_task("training", total=steps, state="compiling")
+
+        def report(done: int, loss: float, rate: float) -> None:
+            progress.update(task, completed=done, state=f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+
+        yield report
+
+
 def format_bytes(count: int) -> str:
     """Decimal units, as disks and downloads are sold: 2.47 GB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
