@@ -23,7 +23,7 @@ from convert.store import FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
 from convert.tokenizer import encode_conversation, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import read_text
 from gluprune_jax import devices, terminal
-from gluprune_jax.atomic import check_file, check_target
+from gluprune_jax.atomic import check_file, check_target, refuse_address
 from gluprune_jax.distributed import check_same, failing_together, is_main, least
 from gluprune_jax.documents import Messages, parse_json_lines
 from gluprune_jax.errors import RequestError
@@ -248,6 +248,7 @@ def _check_outputs(args: argparse.Namespace, checkpoints: Path, log: Path) -> No
             refuse_own_folder(model, args.output)
     output = args.output.resolve()
     for flag, path in (("--checkpoints", checkpoints), ("--log", log)):
+        refuse_address(path)
         if path.resolve().is_relative_to(output):
             raise RequestError(
                 f"{flag} {path} lies in --output {args.output}, which is written at the end; choose another"
