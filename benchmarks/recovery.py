@@ -22,20 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 import convert
-from convert.tokenizer import encode_text, load_tokenizer
+from convert.tokenizer import encode_documents, encode_text, load_tokenizer, separator
 from evals.perplexity import perplexity
+from gluprune_jax.documents import evaluation_text, read_documents
 from gluprune_jax.model import Llama
-from gluprune_jax.recover import pack_documents, read_documents
+from gluprune_jax.packing import pack
 from gluprune_jax.recovery import COMPUTE_DTYPES, Recipe, Recovery
 from gluprune_jax.trainable import WHAT, Trainable
 from gluprune_jax.training import Objective, Schedule
-
-
-def read_test(path: Path) -> str:
-    if path.suffix != ".jsonl":
-        return path.read_text(encoding="utf-8")
-    records = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
-    return "\n".join(record.get("page", record.get("text")) for record in records)
 
 
 def measured(model: Llama, tokens: list[int], window: int) -> float:
@@ -117,9 +111,9 @@ def main() -> int:
     args = parser.parse_args()
     teacher = convert.load(args.teacher)
     tokenizer = load_tokenizer(teacher)
-    test = encode_text(tokenizer, read_test(args.test))[: args.test_tokens]
-    documents = [document for name in args.data for document in read_documents(name)]
-    windows = pack_documents(teacher, tokenizer, documents, args.window)
+    test = encode_text(tokenizer, evaluation_text(str(args.test)))[: args.test_tokens]
+    documents = [document for name in args.data for document in read_documents(name, "--data")]
+    windows = pack(encode_documents(tokenizer, documents), args.window, separator(teacher, tokenizer))
     report: dict[str, Any] = {
         "teacher": args.teacher,
         "teacher_perplexity": measured(teacher.model, test, args.window),

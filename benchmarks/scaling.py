@@ -38,7 +38,8 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
     from flax import nnx
 
     from gluprune_jax import make_plan, score
-    from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
+    from gluprune_jax.criteria import WEIGHT_CRITERIA
+    from gluprune_jax.importance import mlp_extents, score_layer
     from gluprune_jax.mesh import MeshShape, make_mesh, on, parameter_sharding
     from gluprune_jax.model import Llama, ModelConfig, abstract_model
     from gluprune_jax.slicing import slice_model, slice_neurons
@@ -62,7 +63,7 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
         kept = np.arange(int(0.6 * F), dtype=np.int32)
         padding = -len(kept) % devices
         programs = {
-            "score": score_layer.lower(CRITERIA["ppm"], gate, gate),
+            "score": score_layer.lower(WEIGHT_CRITERIA["ppm"], gate, gate),
             "fingerprint": mlp_extents.lower(gate, gate, down),
             "slice gate": slice_neurons.lower(0, padding, gate, kept),
             "slice down": slice_neurons.lower(1, padding, down, kept),

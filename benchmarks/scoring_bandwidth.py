@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from llama_shapes import shapes_of
 
-from gluprune_jax.importance import CRITERIA
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 
 
 def median_seconds(function: Callable[[], Any], runs: int) -> float:
@@ -34,7 +34,7 @@ def median_seconds(function: Callable[[], Any], runs: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--criterion", choices=CRITERIA, default="ppm")
+    parser.add_argument("--criterion", choices=WEIGHT_CRITERIA, default="ppm")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--json", action="store_true")
@@ -48,7 +48,7 @@ def main() -> None:
 
     layers = [(weights(2 * i), weights(2 * i + 1)) for i in range(config.num_hidden_layers)]
     read = sum(gate.nbytes + up.nbytes for gate, up in layers)
-    score = jax.jit(CRITERIA[args.criterion])
+    score = jax.jit(WEIGHT_CRITERIA[args.criterion])
     scoring = read / median_seconds(lambda: [score(gate, up) for gate, up in layers], args.runs)
     increment = jax.jit(lambda words: words + 1, donate_argnums=0)
     words = [jnp.zeros(w.nbytes // 4, jnp.int32) for pair in layers for w in pair]

@@ -31,7 +31,7 @@ from prune_vs_optipfair import run
 from rich.console import Console
 from rich.table import Table
 
-from gluprune_jax.importance import CRITERIA
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 
 MOST_MEMORY, MOST_TIMES = 2.5e9, 3.0  # what is promised
 
@@ -103,7 +103,7 @@ def compare(work: Path) -> dict[str, Any]:
     model = work / "model"
     write_model(model, "llama-3.2-1b")
     report: dict[str, Any] = {"model_bytes": bytes_in(model)}
-    for criterion in CRITERIA:
+    for criterion in WEIGHT_CRITERIA:
         outputs = {flag: work / flag for flag in ("--stream", "--no-stream")}
         results = {
             flag: prune(model, output, "--prune-percent", "40", "--criterion", criterion, flag)
@@ -151,13 +151,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         report = compare(Path(work)) if args.compare else pairs(Path(work), args.pairs, args.expansion_ratio)
     if args.compare:
-        kept = all(not report[criterion]["differing"] for criterion in CRITERIA)
+        kept = all(not report[criterion]["differing"] for criterion in WEIGHT_CRITERIA)
     else:
         kept = report["peak_bytes"] < MOST_MEMORY and statistics.median(report["times_the_copy"]) <= MOST_TIMES
     if args.json:
         print(json.dumps(report, indent=1))
     elif args.compare:
-        for criterion in CRITERIA:
+        for criterion in WEIGHT_CRITERIA:
             result = report[criterion]
             same = f"differ in {', '.join(result['differing'])}" if result["differing"] else "are equal to the byte"
             peaks = " and ".join(f"{result[flag]['peak_bytes'] / 1e9:.2f} GB" for flag in ("--stream", "--no-stream"))

@@ -31,8 +31,9 @@ from rich.table import Table
 from scoring_bandwidth import median_seconds
 
 from evals.engine import SCORED_TOKENS, rows, score_tokens
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.generation import STEPS_PER_CALL, Sampling, decode, empty_state
-from gluprune_jax.importance import CRITERIA, score_layer
+from gluprune_jax.importance import score_layer
 from gluprune_jax.model import KVCache, Llama, ModelConfig, abstract_model
 from gluprune_jax.slicing import slice_neurons
 
@@ -125,7 +126,7 @@ def measure_pruning(model: Llama, runs: int, limits: dict[str, float]) -> dict[s
     kept = np.arange(0, model.config.intermediate_sizes[0], 2, dtype=np.int32)
 
     def scores() -> list[jax.Array]:
-        return [score_layer(CRITERIA["ppm"], gate, up) for gate, up, _ in layers]
+        return [score_layer(WEIGHT_CRITERIA["ppm"], gate, up) for gate, up, _ in layers]
 
     def slices() -> list[jax.Array]:
         return [slice_neurons(int(i == 2), 0, w, kept) for layer in layers for i, w in enumerate(layer)]

@@ -38,9 +38,10 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.engine import SCORED_TOKENS, rows, score_tokens
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.errors import RequestError
 from gluprune_jax.generation import DecodeState, Sampling, admit, decode
-from gluprune_jax.importance import CRITERIA, mlp_extents, score_layer
+from gluprune_jax.importance import mlp_extents, score_layer
 from gluprune_jax.mesh import MeshShape, make_mesh, on, parameter_sharding, parse_mesh
 from gluprune_jax.model import KVCache, LayerCache, ModelConfig, abstract_model
 from gluprune_jax.prefill import append, extend
@@ -117,7 +118,7 @@ def unexpected(found: Sequence[Collective], expected: Sequence[Expected], limits
 
 # ------------------------------------------------------------------------------------------------------------- cases
 
-PRUNING = (*CRITERIA, "fingerprint", "slice gate", "slice down")
+PRUNING = (*WEIGHT_CRITERIA, "fingerprint", "slice gate", "slice down")
 EVALUATION = ("rows", "extend", "append", "score tokens", "admit", "decode")
 EVERYTHING = (*PRUNING, *EVALUATION, "extend a long text")
 
@@ -227,7 +228,7 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
     row_tokens = case.rows * CHUNK
     asked = batch(R, row_tokens, D, dtype=DTYPE), batch(R, ASKED), batch(R, ASKED)
     return {
-        **{name: Program(score_layer, (function, gate, gate), "score") for name, function in CRITERIA.items()},
+        **{name: Program(score_layer, (function, gate, gate), "score") for name, function in WEIGHT_CRITERIA.items()},
         "fingerprint": Program(mlp_extents, (gate, gate, down), "fingerprint"),
         "slice gate": Program(slice_neurons, (0, -kept % case.mesh.model, gate, integers(kept)), "slice"),
         "slice down": Program(slice_neurons, (1, -kept % case.mesh.model, down, integers(kept)), "slice"),

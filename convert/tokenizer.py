@@ -2,11 +2,15 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from convert.checkpoint import Checkpoint
+from gluprune_jax.documents import Messages
 from gluprune_jax.errors import OperationError, RequestError
 
 
@@ -62,6 +66,47 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -
     if tokenizer.chat_template is None:
         raise RequestError("the model's tokenizer has no chat template, which conversations need; give plain text")
     return _encode_messages(tokenizer, messages, is_asking=False)
+
+
+def encode_documents(
+    tokenizer: Any,
+    documents: Sequence[str | Messages],
+    *,
+    most_tokens: int | None = None,
+    on_document: Callable[[int], None] | None = None,
+) -> list[NDArray[np.int32]]:
+    """Token ids of each document, plain texts with nothing added and conversations in the chat template.
+
+    Args:
+      tokenizer: of the model.
+      documents: see `gluprune_jax.documents`.
+      most_tokens: documents behind the one that reaches this many are left out.
+      on_document: called with how many documents are done.
+
+    Raises:
+      RequestError: conversations, and the tokenizer has no chat template.
+      OperationError: the template fails.
+    """
+    encoded: list[NDArray[np.int32]] = []
+    total = 0
+    for document in documents:
+        if most_tokens is not None and total >= most_tokens:
+            break
+        if isinstance(document, str):
+            ids = encode_text(tokenizer, document)
+        else:
+            ids = encode_conversation(tokenizer, document)
+        encoded.append(np.array(ids, np.int32))
+        total += len(ids)
+        if on_document:
+            on_document(len(encoded))
+    return encoded
+
+
+def separator(checkpoint: Checkpoint, tokenizer: Any) -> int | None:
+    """The token that stands between two documents, where the model has one."""
+    end: int | None = tokenizer.eos_token_id
+    return next(iter(end_of_sequence_ids(checkpoint)), None) if end is None else end
 
 
 def _encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], is_asking: bool) -> list[int]:

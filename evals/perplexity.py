@@ -6,20 +6,15 @@ the text.
 """
 
 import dataclasses
-import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from jax.typing import ArrayLike
 
 from evals.engine import Engine, LogLikelihood
-from gluprune_jax.errors import OperationError, RequestError, unreadable
+from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.model import Llama
-
-# Names the English text that every Python carries: the language reference, as `help()` shows it.
-PYTHON_REFERENCE = "python-reference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +41,6 @@ class Perplexity:
             f"{self.predicted_tokens:,} tokens, each predicted within disjoint windows of {self.window} tokens, "
             f"no BOS added"
         )
-
-
-def read_text(name: str) -> str:
-    """Reads a UTF-8 text file, or the built-in text `python-reference` (it differs between Python versions).
-
-    Raises:
-      RequestError: there is no such file, or it is not UTF-8.
-      OperationError: it cannot be read.
-    """
-    if name == PYTHON_REFERENCE:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-        return "\n".join(topics[key] for key in sorted(topics))
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(f"the text {name}", error) from error
 
 
 def perplexity(

@@ -1,18 +1,10 @@
-"""How much each GLU neuron matters, from the weights alone.
-
-The criteria are pure functions of one layer's gate and up matrices, `[F, D]` each, giving `[F]` float32 scores;
-higher is more important. `ppm` is the Peak-to-Peak Magnitude of "Fragile Knowledge, Robust Instruction-Following:
-The Width Pruning Dichotomy in Llama-3.2" (arXiv 2512.22671); the others are the ones it is compared with there.
-
-Sums over D are a fixed pairwise tree and every product in them is rounded before it is added, so a score has the
-same bits however the neurons are sharded or chunked.
-"""
+"""Scores the neurons of a whole model by a criterion (`gluprune_jax.criteria`), and selects among them."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,79 +13,14 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from gluprune_jax.criteria import STATISTICS, WEIGHTS, Criterion, find_criterion, inputs_of, peak_to_peak
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.mesh import mesh_of, on
-from gluprune_jax.model import Llama, ModelConfig
+from gluprune_jax.mesh import mesh_of, on, place
+from gluprune_jax.model import Llama
 from gluprune_jax.sharding import constrain
 
-Criterion = Callable[[Array, Array], Array]
-
-
-# ------------------------------------------------------------------------------------------- array functions
-
-
-def pairwise_sum(x: Array) -> Array:
-    """Sums `x [..., D]` over its last axis: zero-pads to a power of two, then adds halves until one is left."""
-    n = 1 << (x.shape[-1] - 1).bit_length()
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n - x.shape[-1])])
-    while n > 1:
-        n //= 2
-        x = x[..., :n] + x[..., n:]
-    return x[..., 0]
-
-
-def rounded(x: Array) -> Array:
-    """Returns finite `x` unchanged, as a float32 value that cannot become part of a fused multiply-add.
-
-    Compilers contract `a * b + c` into one operation that skips the rounding of the product, depending on the
-    code around it; a clamp between the two stops that (tested on the CPU).
-    """
-    limit = np.finfo(np.float32).max
-    return jnp.clip(x, -limit, limit)
-
-
-def peak_to_peak(w: Array, axis: int = -1) -> Array:
-    """`max(w) + abs(min(w))` along `axis`, float32. Exact: extremes are found in the dtype of the weights."""
-    return jnp.max(w, axis).astype(jnp.float32) + jnp.abs(jnp.min(w, axis).astype(jnp.float32))
-
-
-def ppm(gate: Array, up: Array) -> Array:
-    """Peak-to-Peak Magnitude (arXiv 2512.22671): `(max G + |min G|) + (max U + |min U|)` of each row."""
-    return peak_to_peak(gate) + peak_to_peak(up)
-
-
-def vow(gate: Array, up: Array) -> Array:
-    """Variance of Weights: the sample variance (ddof 1) of the gate row plus that of the up row."""
-    return _variance(gate) + _variance(up)
-
-
-def pon(gate: Array, up: Array) -> Array:
-    """Product of Norms: the L1 norm of the gate row times that of the up row."""
-    gate_norm = pairwise_sum(jnp.abs(gate.astype(jnp.float32)))
-    return gate_norm * pairwise_sum(jnp.abs(up.astype(jnp.float32)))
-
-
-def l2(gate: Array, up: Array) -> Array:
-    """The L2 norm of the gate row plus that of the up row."""
-    return _l2_norm(gate) + _l2_norm(up)
-
-
-def _variance(w: Array) -> Array:
-    w = w.astype(jnp.float32)
-    D = w.shape[-1]
-    mean = rounded(pairwise_sum(w) * np.float32(1 / D))
-    squares = rounded(jnp.square(w - mean[..., None]))
-    return rounded(pairwise_sum(squares) * np.float32(1 / (D - 1)))
-
-
-def _l2_norm(w: Array) -> Array:
-    return jnp.sqrt(pairwise_sum(rounded(jnp.square(w.astype(jnp.float32)))))
-
-
-CRITERIA: dict[str, Criterion] = {"ppm": ppm, "vow": vow, "pon": pon, "l2": l2}
-
-
-# -------------------------------------------------------------------------------------------- whole models
+if TYPE_CHECKING:
+    from gluprune_jax.calibration import LayerStatistics, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +33,7 @@ class Scores:
       hidden_size: D, which turns an expansion ratio into a width.
       weights_dtype: dtype of the weights that were scored ("mixed" if there are several).
       fingerprint: identifies the MLP weights that were scored (see `score`).
+      calibration: what the statistics are of, where the criterion looked at any.
     """
 
     criterion: str
@@ -113,6 +41,7 @@ class Scores:
     hidden_size: int
     weights_dtype: str
     fingerprint: str
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def intermediate_sizes(self) -> tuple[int, ...]:
@@ -138,6 +67,8 @@ def score(
     model: Llama,
     criterion: str | Criterion = "ppm",
     *,
+    statistics: "Statistics | None" = None,
+    seed: int = 0,
     weights: Iterable[MLPWeights] | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> Scores:
@@ -149,55 +80,108 @@ def score(
 
     Args:
       model: the model; storage padding (`width_multiple`) is not scored.
-      criterion: a name in `CRITERIA`, or a function `(gate [F, D], up [F, D]) -> [F]` that scores each neuron by its
-        own rows.
+      criterion: a name in `CRITERIA`, or a function as `gluprune_jax.criteria` describes it.
+      statistics: of the same model (`calibration.collect`), for criteria that look at activations.
+      seed: of criteria that draw random numbers.
       weights: the MLP matrices of each layer, if they are not to be taken from `model` (which may then be abstract):
         a layer's are asked for when those before have been scored.
       on_layer: called with the index of each layer once it is scored, for progress.
 
     Raises:
-      RequestError: unknown criterion.
+      RequestError: unknown criterion, one that looks at activations without statistics, or statistics of another model.
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise RequestError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
-        name, function = criterion, CRITERIA[criterion]
-    else:
-        name, function = getattr(criterion, "__name__", repr(criterion)), criterion
-
+    name, function = find_criterion(criterion)
+    check_statistics(name, function, statistics, model)
     mesh, digest = mesh_of(model), hashlib.sha256()
     values, dtypes = [], set()
     matrices = mlp_weights(model) if weights is None else weights
     for i, (mlp, width) in enumerate(zip(matrices, model.config.intermediate_sizes, strict=True)):
         _digest_layer(digest, i, mlp, width, mesh)
-        with on(mesh):
-            layer_scores = np.asarray(score_layer(function, mlp.gate_proj, mlp.up_proj))
-        stored = mlp.gate_proj.shape[0]
-        if layer_scores.shape != (stored,) or not np.isfinite(layer_scores[:width]).all():
-            raise OperationError(
-                f"criterion {name!r} gave layer {i} scores of shape {layer_scores.shape}, not {stored} finite numbers"
-            )
-        values.append(layer_scores[:width].astype(np.float32))
+        observed = None if statistics is None else statistics.layers[i]
+        values.append(score_neurons(name, function, i, mlp, width, observed, seed, mesh))
         dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
         if on_layer:
             on_layer(i)
+    fingerprint = f"sha256:{digest.hexdigest()}"
+    if statistics is not None:
+        statistics.check_fits(model.config, fingerprint)
     return Scores(
         criterion=name,
         values=tuple(values),
         hidden_size=model.config.hidden_size,
         weights_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
-        fingerprint=f"sha256:{digest.hexdigest()}",
+        fingerprint=fingerprint,
+        calibration=statistics.texts if statistics is not None and is_data_driven(function) else None,
     )
 
 
-def random_values(config: ModelConfig, seed: int = 0) -> tuple[NDArray[np.float32], ...]:
-    """Uniform random scores for each layer, `[F]` float32: the baseline that a criterion has to beat."""
-    key = jax.random.key(seed)
-    return tuple(
-        np.asarray(jax.random.uniform(jax.random.fold_in(key, i), (width,), jnp.float32))
-        for i, width in enumerate(config.intermediate_sizes)
-    )
+def is_data_driven(function: Criterion) -> bool:
+    """Whether a criterion looks at activations."""
+    return not set(STATISTICS).isdisjoint(inputs_of(function))
+
+
+def check_statistics(name: str, function: Criterion, statistics: "Statistics | None", model: Llama) -> None:
+    """Makes sure that a criterion has the statistics that it looks at.
+
+    Raises:
+      RequestError: it has not, or they are of another model.
+    """
+    if not is_data_driven(function):
+        return
+    if statistics is None:
+        raise RequestError(f"criterion {name!r} looks at activations; give --calibration TEXT or --statistics FILE")
+    statistics.check_fits(model.config)
+    if "sensitivity" in inputs_of(function) and any(layer.sensitivity is None for layer in statistics.layers):
+        raise RequestError(
+            f"criterion {name!r} looks at the sensitivity of the loss, which these statistics lack; "
+            f"collect them with --criterion taylor"
+        )
+
+
+def score_neurons(
+    name: str,
+    function: Criterion,
+    layer: int,
+    mlp: MLPWeights,
+    width: int,
+    statistics: "LayerStatistics | None" = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> NDArray[np.float32]:
+    """The scores `[F]` float32 of one layer's neurons.
+
+    Args:
+      name: of the criterion, for errors.
+      function: the criterion.
+      layer: its index.
+      mlp: its weights.
+      width: F without storage padding.
+      statistics: of the layer.
+      seed: of criteria that draw random numbers.
+      mesh: that the weights lie on.
+
+    Raises:
+      OperationError: the criterion does not give a finite number for each neuron.
+    """
+    stored = mlp.gate_proj.shape[0]
+
+    def value(parameter: str) -> Array:
+        if parameter in WEIGHTS:
+            weight: Array = getattr(mlp, f"{parameter}_proj")
+            return weight
+        if parameter == "key":
+            return jax.random.fold_in(jax.random.key(seed), layer)
+        values = np.pad(np.asarray(getattr(statistics, parameter), np.float32), (0, stored - width))
+        return cast("Array", place(mesh, values, "neurons"))
+
+    with on(mesh):
+        scores = np.asarray(score_layer(function, *map(value, inputs_of(function))))
+    if scores.shape != (stored,) or not np.isfinite(scores[:width]).all():
+        raise OperationError(
+            f"criterion {name!r} gave layer {layer} scores of shape {scores.shape}, not {stored} finite numbers"
+        )
+    return scores[:width].astype(np.float32)
 
 
 def fingerprint(
@@ -233,9 +217,12 @@ def _digest_layer(digest: "hashlib._Hash", i: int, mlp: MLPWeights, width: int, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score_layer(function: Criterion, gate: Array, up: Array) -> Array:
-    """The scores `[F]` of a layer's neurons as stored, whole on every device; each device scores its own neurons."""
-    return constrain(function(gate, up))
+def score_layer(function: Criterion, *inputs: Array) -> Array:
+    """The scores `[F]` of a layer's neurons as stored, whole on every device; each device scores its own neurons.
+
+    `inputs` are those of the criterion, in the order of its parameters.
+    """
+    return constrain(function(*inputs))
 
 
 @jax.jit

@@ -232,10 +232,12 @@ class MLP(nnx.Module):
         self.down_proj = _normal(rngs, (config.hidden_size, width), dtype)
 
     def __call__(self, x: Array, neuron_mask: ArrayLike | None) -> Array:
+        return project(self.neurons(x, neuron_mask), self.down_proj[...])
+
+    def neurons(self, x: Array, neuron_mask: ArrayLike | None = None) -> Array:
+        """What the down projection reads, `[..., F]`, for `x [..., D]`."""
         neurons = jax.nn.silu(project(x, self.gate_proj[...])) * project(x, self.up_proj[...])
-        if neuron_mask is not None:
-            neurons = neurons * jnp.asarray(neuron_mask, x.dtype)
-        return project(neurons, self.down_proj[...])
+        return neurons if neuron_mask is None else neurons * jnp.asarray(neuron_mask, x.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -256,11 +258,22 @@ class DecoderLayer(nnx.Module):
         caches: "Sequence[LayerView]",
         neuron_mask: ArrayLike | None,
     ) -> tuple[Array, "LayerCache"]:
-        with jax.named_scope("attention"):
-            attended, new = self.self_attn(self.input_layernorm(x), positions, frequencies, subtree_ends, caches)
-            x = x + attended
+        x, new = self.attend(x, positions, frequencies, subtree_ends, caches)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_attention_layernorm(x), neuron_mask), new
+
+    def attend(
+        self,
+        x: Array,
+        positions: Array,
+        frequencies: Array,
+        subtree_ends: Array | None = None,
+        caches: "Sequence[LayerView]" = (),
+    ) -> tuple[Array, "LayerCache"]:
+        """The residual stream `[B, T, D]` behind the attention, before the MLP; and its keys and values."""
+        with jax.named_scope("attention"):
+            attended, new = self.self_attn(self.input_layernorm(x), positions, frequencies, subtree_ends, caches)
+            return x + attended, new
 
 
 # ---------------------------------------------------------------------------------------------------- model

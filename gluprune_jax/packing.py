@@ -1,4 +1,4 @@
-"""Training data: documents of token ids packed into windows, and which windows each step sees.
+"""Text for training and calibration: documents of token ids packed into windows, and which windows each step sees.
 
 Documents follow each other with one end-of-sequence token between them, and the whole is cut every W tokens: no token
 is lost and none is seen twice in an epoch. Attention goes across the documents of a window, as is usual.
@@ -49,8 +49,8 @@ def pack(
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if len(tokens) < window:
         raise RequestError(
-            f"the training data has {len(tokens)} tokens, fewer than the {window} of one window; give more data or a "
-            f"smaller window"
+            f"the text has {len(tokens)} tokens, fewer than the {window} of one window; give more text or a smaller "
+            f"window"
         )
     if len(tokens) % window == 1:
         tokens = tokens[:-1]

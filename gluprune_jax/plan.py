@@ -98,6 +98,7 @@ class PruningPlan:
       fingerprint: identifies those weights (see `importance.score`).
       request: the target as it was asked for.
       versions: of this package and of jax.
+      calibration: the text whose statistics the criterion or the widths come from (`calibration.describe_windows`).
     """
 
     kept: tuple[NDArray[np.int32], ...]
@@ -108,6 +109,7 @@ class PruningPlan:
     fingerprint: str
     request: Mapping[str, Any]
     versions: Mapping[str, str]
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -155,7 +157,7 @@ class PruningPlan:
             },
             "widths": list(self.widths),
             "versions": dict(self.versions),
-        }
+        } | ({} if self.calibration is None else {"calibration": dict(self.calibration)})
 
     def to_json(self) -> str:
         """The plan as a file: the summary, then one line for each layer."""
@@ -203,6 +205,7 @@ class PruningPlan:
                 fingerprint=str(source["fingerprint"]),
                 request=dict(data["request"]),
                 versions=dict(data["versions"]),
+                calibration=dict(data["calibration"]) if "calibration" in data else None,
             )
             summary = plan.summary()
             wrong = [key for key in summary if data[key] != summary[key]]
@@ -237,6 +240,8 @@ def make_plan(
     width: int | None = None,
     multiple_of: int = 1,
     layers: Sequence[int] | None = None,
+    widths: Sequence[int] | None = None,
+    allocation: Mapping[str, Any] | None = None,
 ) -> PruningPlan:
     """Chooses the neurons to keep. Exactly one of the three targets is given.
 
@@ -247,19 +252,20 @@ def make_plan(
       width: target intermediate size.
       multiple_of: the width is floored to a multiple of this.
       layers: indices of the layers to prune (all when None); the others stay whole.
+      widths: what each layer keeps of the budget that the target is, where it is not the same for all (see
+        `gluprune_jax.allocation`); a layer may stay whole.
+      allocation: how these widths were found, for the record.
 
     Raises:
       RequestError: not exactly one target, or one that would not shrink a chosen layer or leave it no neuron.
     """
     targets = {"expansion_ratio": expansion_ratio, "prune_percent": prune_percent, "width": width}
-    given = {name: value for name, value in targets.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise RequestError("give exactly one of --expansion-ratio, --prune-percent and --width")
     if multiple_of < 1:
         raise RequestError(f"--multiple-of is {multiple_of}; it must be at least 1")
-    chosen = set(range(len(scores.values)) if layers is None else map(operator.index, layers))
-    if not chosen <= set(range(len(scores.values))) or not chosen:
-        raise RequestError(f"layers {sorted(chosen)} are not all among 0 to {len(scores.values) - 1}")
+    chosen = chosen_layers(scores, layers)
 
     kept = []
     for i, values in enumerate(scores.values):
@@ -267,18 +273,14 @@ def make_plan(
         if i not in chosen:
             kept.append(np.arange(size, dtype=np.int32))
             continue
-        if prune_percent is not None:
-            target = width_for_percent(prune_percent, size)
-        elif expansion_ratio is not None:
-            target = width_for_expansion_ratio(expansion_ratio, scores.hidden_size)
-        else:
-            assert width is not None
-            target = width
+        target = target_width(size, scores.hidden_size, **given)
         _check_target(target, size, scores.hidden_size, i, multiple_of)
-        kept.append(select_neurons(values, target // multiple_of * multiple_of))
+        kept.append(select_neurons(values, target // multiple_of * multiple_of if widths is None else widths[i]))
 
     request: dict[str, Any] = {name: str(value) for name, value in given.items()}
-    request |= {"multiple_of": multiple_of, "layers": "all" if layers is None else sorted(chosen)}
+    request |= {"multiple_of": multiple_of, "layers": "all" if layers is None else chosen}
+    if allocation is not None:
+        request["allocation"] = dict(allocation)
     return PruningPlan(
         kept=tuple(kept),
         intermediate_sizes=scores.intermediate_sizes,
@@ -291,7 +293,41 @@ def make_plan(
             "gluprune_jax": importlib.metadata.version("gluprune-jax"),
             "jax": jax.__version__,
         },
+        calibration=scores.calibration,
     )
+
+
+def chosen_layers(scores: Scores, layers: Sequence[int] | None) -> list[int]:
+    """The indices of the layers to prune, ascending: all when None.
+
+    Raises:
+      RequestError: none, or one that the model does not have.
+    """
+    chosen = set(range(len(scores.values)) if layers is None else map(operator.index, layers))
+    if not chosen <= set(range(len(scores.values))) or not chosen:
+        raise RequestError(f"layers {sorted(chosen)} are not all among 0 to {len(scores.values) - 1}")
+    return sorted(chosen)
+
+
+def target_width(
+    size: int,
+    hidden_size: int,
+    *,
+    expansion_ratio: str | float | None = None,
+    prune_percent: float | None = None,
+    width: int | None = None,
+) -> int:
+    """What one of the three targets leaves of a layer of `size` neurons.
+
+    Raises:
+      RequestError: a target that is no such number.
+    """
+    if prune_percent is not None:
+        return width_for_percent(prune_percent, size)
+    if expansion_ratio is not None:
+        return width_for_expansion_ratio(expansion_ratio, hidden_size)
+    assert width is not None
+    return width
 
 
 def _check_target(target: int, size: int, hidden_size: int, layer: int, multiple_of: int) -> None:

@@ -27,17 +27,19 @@ from convert.store import (
     refuse_own_folder,
 )
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
-from evals.perplexity import PYTHON_REFERENCE, Perplexity, perplexity, read_text
-from gluprune_jax import devices, terminal
+from evals.perplexity import Perplexity, perplexity
+from gluprune_jax import devices, methods, terminal
 from gluprune_jax.atomic import check_file, check_target
+from gluprune_jax.calibration import Statistics
 from gluprune_jax.distributed import check_same, failing_together, is_main
+from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
 from gluprune_jax.errors import GlupruneError, RequestError
 from gluprune_jax.generation import generate
-from gluprune_jax.importance import CRITERIA, fingerprint, random_values, score, select_neurons
+from gluprune_jax.importance import Scores, fingerprint, select_neurons
 from gluprune_jax.memory import Evaluation, Pruning, show_plan
 from gluprune_jax.model import Llama
 from gluprune_jax.object_store import folder_at, in_store
-from gluprune_jax.plan import PruningPlan, make_plan, parse_layers, width_for_expansion_ratio, width_for_percent
+from gluprune_jax.plan import PruningPlan, parse_layers, width_for_expansion_ratio, width_for_percent
 from gluprune_jax.report import changes, show
 
 PLAN_FILE = "gluprune_plan.json"
@@ -84,14 +86,7 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument("--width", type=int, metavar="N", help="keep N neurons in each layer")
     target.add_argument("--plan", type=Path, metavar="FILE", help="keep what this saved plan keeps")
 
-    which = parser.add_argument_group("which neurons")
-    which.add_argument("--criterion", choices=CRITERIA, default="ppm", help="how neurons are ranked")
-    which.add_argument("--multiple-of", type=int, default=1, metavar="M", help="floor the width to a multiple of M")
-    which.add_argument(
-        "--layers",
-        metavar="LIST",
-        help="prune only these layers, such as 0-3,8,-1 (write --layers=-1,0 if a minus leads)",
-    )
+    methods.add_arguments(parser)
 
     output = parser.add_argument_group("what to write")
     output.add_argument(
@@ -114,14 +109,14 @@ def parser() -> argparse.ArgumentParser:
         "--evaluate",
         nargs="+",
         metavar="TEXT",
-        help=f"token perplexity on these text files, or on '{PYTHON_REFERENCE}' (which every Python carries)",
+        help=f"token perplexity on these: {DATA_HELP}",
     )
     measure.add_argument("--evaluate-tokens", type=int, default=8192, metavar="N", help="tokens of the texts to use")
     measure.add_argument("--window", type=int, default=512, metavar="N", help="tokens a perplexity window holds")
     measure.add_argument(
         "--random-baseline", action="store_true", help="also the perplexity with as many neurons removed at random"
     )
-    measure.add_argument("--seed", type=int, default=0, help="of the random baseline")
+    measure.add_argument("--seed", type=int, default=0, help="of the random baseline, and of --criterion random")
     measure.add_argument("--sample", metavar="PROMPT", help="greedy answer, in the chat template if the model has one")
     measure.add_argument("--sample-tokens", type=int, default=64, metavar="N", help="most tokens of the answer")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -142,18 +137,21 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     with failing_together():
         if is_main():
             _check_outputs(args)
-        texts = [read_text(name) for name in args.evaluate or ()]
+        texts = [evaluation_text(name) for name in args.evaluate or ()]
+        documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
+        statistics = None if args.statistics is None else Statistics.load(args.statistics)
         plan = None if args.plan is None else PruningPlan.load(args.plan)
         memory = _plan_memory(args) if args.dry_run else None
     check_same(f"--plan {args.plan}", [] if plan is None else [plan.to_json().encode()])
     check_same("the texts of --evaluate", (text.encode() for text in texts))
+    check_same("the texts of --calibration", (json.dumps(document).encode() for document in documents))
     clock = _Clock()
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(
             args.model,
             dtype=args.dtype,
             revision=args.revision,
-            stream=args.dry_run or _streams(args),
+            stream=(args.dry_run and not args.calibration) or _streams(args),
             mesh=devices.chooses(_devices_there(args) if args.dry_run else args, [_use_in_memory(args)]),
             progress=progress,
         )
@@ -163,14 +161,23 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             terminal.stderr().print(f"note: {note}", style="dim", markup=False)
     clock.lap("load")
 
+    chooser = methods.Chooser(
+        model,
+        checkpoint.mlp_weights,
+        windows=methods.calibration_windows(checkpoint, documents, args) if documents else None,
+        names=args.calibration or (),
+        statistics=statistics,
+    )
     if plan is None:
-        plan = _make_plan(args, checkpoint)
+        pruned = _choose(args, checkpoint, chooser)
     else:
         plan.check_fits(dense)
         with terminal.count_progress("checking the plan", dense.num_hidden_layers, "layers") as progress:
             weights = checkpoint.mlp_weights()
             plan.check_fits(dense, fingerprint(model, weights=weights, on_layer=lambda i: progress(i + 1)))
-    report = {"model": args.model, **changes(model, plan)}
+        pruned = chooser.compensated([plan])[0] if args.compensate != "none" else methods.Pruned(plan)
+    plan = pruned.plan
+    report = {"model": args.model, **changes(model, plan), **pruned.record()}
     if memory:
         report["memory"] = memory
     clock.lap("score")
@@ -181,9 +188,14 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             everything = dataclasses.replace(plan, kept=tuple(map(np.arange, dense.intermediate_sizes)))
             measure.take("dense", model, everything.masks(dense) if args.random_baseline else None)
             if args.random_baseline:
-                measure.take_random(model, plan)
+                measure.take_random(model, plan, chooser.scores("random", args.seed))
             clock.lap("measure")
+        if pruned.compensation is not None:
+            checkpoint = dataclasses.replace(checkpoint, model=pruned.apply(model))
         checkpoint = checkpoint.pruned(plan, donate=True)
+        if pruned.compensation is not None:
+            *earlier, last = checkpoint.history
+            checkpoint = dataclasses.replace(checkpoint, history=(*earlier, {**last, **pruned.record()}))
         clock.lap("slice")
         if measure:
             measure.take("pruned", checkpoint.model)
@@ -219,7 +231,7 @@ def _streams(args: argparse.Namespace) -> bool:
         return bool(args.stream)
     if loaded_whole(args.model):
         return False
-    if args.evaluate or args.sample is not None or args.mesh != "auto" or args.distributed:
+    if args.evaluate or args.sample is not None or args.calibration or args.mesh != "auto" or args.distributed:
         return False
     # Orbax is written from the pruned model in memory, which several devices hold better together.
     return "orbax" not in parse_formats(args.format) or jax.device_count() == 1
@@ -274,8 +286,13 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         raise RequestError("nothing to do: give --output DIR, --plan-out FILE or --dry-run")
     if args.plan and args.plan_out:
         raise RequestError("--plan-out would copy --plan; give one of them")
-    if args.plan and (args.layers is not None or args.multiple_of != 1 or args.criterion != "ppm"):
-        raise RequestError("--plan decides what is kept; --criterion, --layers and --multiple-of go with making one")
+    makes_plan = (args.layers, args.multiple_of, args.criterion, args.allocation, args.in_order, args.statistics_out)
+    if args.plan and makes_plan != (None, 1, "ppm", "uniform", False, None):
+        raise RequestError(
+            "--plan decides what is kept; --criterion, --layers, --multiple-of, --allocation, --in-order and "
+            "--statistics-out go with making one"
+        )
+    methods.method_of(args)
     if args.random_baseline and not args.evaluate:
         raise RequestError("--random-baseline compares perplexities; give --evaluate too")
     measuring = args.evaluate or args.sample is not None
@@ -303,6 +320,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
         refuse_format(args.output, parse_formats(args.format))
         check_target(args.output, args.overwrite)
         refuse_own_folder(args.model, args.output)
+    if args.statistics_out:
+        check_file(args.statistics_out, args.overwrite)
     if args.plan_out:
         _check_plan_out(args)
 
@@ -311,6 +330,8 @@ def _check_streaming(args: argparse.Namespace, formats: Sequence[str]) -> None:
     """Refuses what needs all of the model in memory."""
     if args.evaluate or args.sample is not None:
         raise RequestError("--stream leaves the model in its files, where --evaluate and --sample cannot run it")
+    if args.calibration:
+        raise RequestError("--stream leaves the model in its files, where --calibration cannot run it")
     if "orbax" in formats and args.output and not args.dry_run:
         raise RequestError("--stream writes --format hf; orbax is written from the whole model in memory")
     if args.mesh != "auto" or args.distributed:
@@ -338,18 +359,22 @@ def _check_plan_out(args: argparse.Namespace) -> None:
             )
 
 
-def _make_plan(args: argparse.Namespace, checkpoint: convert.Checkpoint) -> PruningPlan:
-    config, weights = checkpoint.config, checkpoint.mlp_weights()
-    with terminal.count_progress("scoring neurons", config.num_hidden_layers, "layers") as progress:
-        scores = score(checkpoint.model, args.criterion, weights=weights, on_layer=lambda i: progress(i + 1))
-    return make_plan(
-        scores,
-        expansion_ratio=args.expansion_ratio,
-        prune_percent=args.prune_percent,
-        width=args.width,
-        multiple_of=args.multiple_of,
-        layers=None if args.layers is None else parse_layers(args.layers, config.num_hidden_layers),
-    )
+def _choose(args: argparse.Namespace, checkpoint: convert.Checkpoint, chooser: methods.Chooser) -> methods.Pruned:
+    target = {
+        "expansion_ratio": args.expansion_ratio,
+        "prune_percent": args.prune_percent,
+        "width": args.width,
+    }
+    target = {name: value for name, value in target.items() if value is not None}
+    layers = None if args.layers is None else parse_layers(args.layers, checkpoint.config.num_hidden_layers)
+    (pruned,) = chooser.choose(methods.method_of(args), [{**target, "multiple_of": args.multiple_of, "layers": layers}])
+    if args.statistics_out and not args.dry_run:
+        with failing_together():
+            statistics = chooser.statistics()
+            assert statistics is not None  # there is calibration text
+            if is_main():
+                statistics.save(args.statistics_out, overwrite=args.overwrite)
+    return pruned
 
 
 class _Measurements:
@@ -374,10 +399,9 @@ class _Measurements:
                 (answer,) = generate(model, [prompt], max_new_tokens=steps, eos_ids=self._eos, on_tokens=progress)
             self._answers[stage] = self._tokenizer.decode(answer, skip_special_tokens=True)
 
-    def take_random(self, model: Llama, plan: PruningPlan) -> None:
+    def take_random(self, model: Llama, plan: PruningPlan, random: Scores) -> None:
         """The perplexity with as many neurons of each layer masked as the plan removes, chosen at random."""
-        values = random_values(model.config, self._args.seed)
-        kept = tuple(select_neurons(v, width) for v, width in zip(values, plan.widths, strict=True))
+        kept = tuple(select_neurons(v, width) for v, width in zip(random.values, plan.widths, strict=True))
         masks = dataclasses.replace(plan, kept=kept).masks(model.config)
         self._take_perplexity(f"random neurons (seed {self._args.seed})", model, masks)
 

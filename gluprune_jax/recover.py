@@ -20,12 +20,11 @@ from rich.console import Console
 import convert
 from convert.model_card import recovery_card
 from convert.store import FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
-from convert.tokenizer import encode_conversation, encode_text, end_of_sequence_ids, load_tokenizer
-from evals.perplexity import read_text
+from convert.tokenizer import encode_documents, load_tokenizer, separator
 from gluprune_jax import devices, terminal
 from gluprune_jax.atomic import check_file, check_target, refuse_address
 from gluprune_jax.distributed import check_same, failing_together, is_main, least
-from gluprune_jax.documents import Messages, parse_json_lines
+from gluprune_jax.documents import DATA_HELP, read_documents
 from gluprune_jax.errors import RequestError
 from gluprune_jax.mesh import mesh_of, parse_mesh, shape_of
 from gluprune_jax.model import Llama, abstract_model
@@ -57,9 +56,8 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         required=True,
-        metavar="FILE",
-        help='text files, each one document, and .jsonl files with a document a line: {"text": ...}, or '
-        "{\"messages\": [...]} for the model's chat template; 'python-reference' is a text that every Python carries",
+        metavar="TEXT",
+        help=DATA_HELP,
     )
     output = parser.add_argument_group("what to write")
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the trained model")
@@ -126,7 +124,7 @@ def _recover(args: argparse.Namespace, command: str) -> None:
     with failing_together():
         if is_main():
             _check_outputs(args, checkpoints_at, log)
-        documents = [document for name in args.data for document in read_documents(name)]
+        documents = [document for name in args.data for document in read_documents(name, "--data")]
         mesh = _plan(args, recipe)
     check_same("the training data", (json.dumps(document).encode() for document in documents))
     with terminal.byte_progress() as progress:
@@ -135,7 +133,9 @@ def _recover(args: argparse.Namespace, command: str) -> None:
     tokenizer = load_tokenizer(checkpoint)
     if teacher is not None:
         _check_vocabularies(args, tokenizer, teacher)
-    windows = pack_documents(checkpoint, tokenizer, documents, args.window)
+    with terminal.count_progress("tokenizing", len(documents), "documents") as progress_of_tokens:
+        encoded = encode_documents(tokenizer, documents, on_document=progress_of_tokens)
+    windows = pack(encoded, args.window, separator(checkpoint, tokenizer))
     student, teacher_model = checkpoint.model, None if teacher is None else teacher.model
     settings = run_settings(args.train, recipe, student, teacher_model, windows)
     recovery = Recovery(student, teacher_model, windows, recipe)
@@ -296,48 +296,6 @@ def _check_vocabularies(args: argparse.Namespace, tokenizer: Any, teacher: conve
                 f"the tokenizer of --teacher {args.teacher} is another one: the token {token!r} is {theirs.get(token)} "
                 f"there and {ours.get(token)} in --model; give the model that was pruned as --teacher"
             )
-
-
-# ------------------------------------------------------------------------------------------------------ the data
-
-
-def read_documents(name: str) -> list[str | Messages]:
-    """The documents of a file of training data.
-
-    Raises:
-      RequestError: there is no such file, or it is not what its name says.
-      OperationError: it cannot be read.
-    """
-    text = read_text(name)
-    documents: list[str | Messages] = [text]
-    if name.endswith(".jsonl"):
-        documents = parse_json_lines(text, name)
-    if not any(documents):
-        raise RequestError(f"--data {name} is empty; give a file with text")
-    return documents
-
-
-def pack_documents(
-    checkpoint: convert.Checkpoint, tokenizer: Any, documents: Sequence[str | Messages], window: int
-) -> NDArray[np.int32]:
-    """The documents as windows of token ids `[windows, W]` int32 (see `gluprune_jax.packing.pack`).
-
-    Raises:
-      RequestError: too little data, or conversations for a model without a chat template.
-    """
-    end = tokenizer.eos_token_id
-    if end is None:
-        end = next(iter(end_of_sequence_ids(checkpoint)), None)
-    encoded = []
-    with terminal.count_progress("tokenizing", len(documents), "documents") as progress:
-        for number, document in enumerate(documents, start=1):
-            if isinstance(document, str):
-                ids = encode_text(tokenizer, document)
-            else:
-                ids = encode_conversation(tokenizer, document)
-            encoded.append(np.array(ids, np.int32))
-            progress(number)
-    return pack(encoded, window, end)
 
 
 def run_settings(

@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("kv", "group"),  # query heads, those of a key/value head next to each other
     "kv_heads": ("kv",),
     "query_group": ("group",),  # the query heads of one key/value head
+    "columns": ("kv", "group"),  # the right sides of a system of equations
 }
 
 # The axes of each parameter, by the last names of its path.

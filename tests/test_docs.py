@@ -10,7 +10,7 @@ import pytest
 from convert.__main__ import parser as convert_parser
 from convert.hf_config import INERT_KEYS, ONLY_THESE_VALUES
 from evals.__main__ import parser as evals_parser
-from gluprune_jax.importance import CRITERIA
+from gluprune_jax.criteria import CRITERIA
 from gluprune_jax.prune import parser as prune_parser
 from gluprune_jax.recover import parser as recover_parser
 
@@ -33,17 +33,16 @@ def test_the_five_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_command_of_the_readme_is_understood() -> None:
-    commands = re.findall(r"^python -m gluprune_jax\.prune (.*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    shell = "\n".join(blocks("sh")).replace("\\\n", "")
+    commands = re.findall(r"^python -m gluprune_jax\.prune (.*)$", shell, re.MULTILINE)
     assert commands
     for command in commands:
         prune_parser().parse_args(shlex.split(command))
-    commands = re.findall(r"^python -m evals (--.*?)(?:  +#.*)?$", "\n".join(blocks("sh")), re.MULTILINE)
+    commands = re.findall(r"^python -m evals (--.*?)(?:  +#.*)?$", shell, re.MULTILINE)
     assert commands
     for command in commands:
         evals_parser().parse_args(shlex.split(command))
-    commands = re.findall(
-        r"^python -m gluprune_jax\.recover (.*)$", "\n".join(blocks("sh")).replace("\\\n", ""), re.MULTILINE
-    )
+    commands = re.findall(r"^python -m gluprune_jax\.recover (.*)$", shell, re.MULTILINE)
     assert commands
     for command in commands:
         recover_parser().parse_args(shlex.split(command))

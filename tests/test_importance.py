@@ -20,16 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 import convert
+from gluprune_jax.criteria import WEIGHT_CRITERIA, pairwise_sum, peak_to_peak
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.importance import (
-    CRITERIA,
-    fingerprint,
-    pairwise_sum,
-    peak_to_peak,
-    random_values,
-    score,
-    select_neurons,
-)
+from gluprune_jax.importance import fingerprint, score, select_neurons
 from gluprune_jax.model import Llama, ModelConfig, abstract_model
 
 CONFIG = ModelConfig(
@@ -49,7 +42,7 @@ PERCENTAGES = (10, 20, 30, 40, 50, 60)
 # How far optipfair's float32 sums and ours may lie apart; Peak-to-Peak Magnitude sums nothing.
 TOLERANCE = {"ppm": 0.0, "vow": 1e-5, "pon": 1e-5, "l2": 1e-5}
 
-all_criteria = pytest.mark.parametrize("criterion", CRITERIA)
+all_criteria = pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -117,7 +110,7 @@ def test_scores_are_within_1e_6_of_float64(criterion: str, dtype: str, D: int) -
     up[2] *= up.dtype.type(1000)
     for w in (gate, up):
         w[:, 0], w[:, 1] = 1, -1  # of both signs, as the reference for ppm wants it
-    scores = jax.jit(CRITERIA[criterion])(gate, up)
+    scores = jax.jit(WEIGHT_CRITERIA[criterion])(gate, up)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, float64_reference(criterion, gate, up), rtol=1e-6)
 
@@ -127,7 +120,7 @@ def test_ppm_is_grouped_as_the_paper_writes_it(dtype: str) -> None:
     gate, up = random_matrices(3000, 64, dtype)
     f32 = np.float32
     extent = [w.max(1).astype(f32) + np.abs(w.min(1).astype(f32)) for w in (gate, up)]
-    scores = np.asarray(jax.jit(CRITERIA["ppm"])(gate, up))
+    scores = np.asarray(jax.jit(WEIGHT_CRITERIA["ppm"])(gate, up))
     assert scores.tobytes() == (extent[0] + extent[1]).tobytes()
     left_to_right = gate.max(1).astype(f32) + np.abs(gate.min(1).astype(f32)) + up.max(1).astype(f32)
     left_to_right += np.abs(up.min(1).astype(f32))
@@ -136,7 +129,7 @@ def test_ppm_is_grouped_as_the_paper_writes_it(dtype: str) -> None:
 
 def test_ppm_is_not_the_span_of_a_row_of_one_sign() -> None:
     row = np.array([[2, 3, 5.0]], np.float32)
-    assert CRITERIA["ppm"](row, -row) == 7 + 3  # (5 + |2|) + (-2 + |-5|)
+    assert WEIGHT_CRITERIA["ppm"](row, -row) == 7 + 3  # (5 + |2|) + (-2 + |-5|)
 
 
 # Sums of these neither overflow nor become subnormal, which compiled code may flush to zero.
@@ -175,7 +168,7 @@ def test_a_sum_counts_every_element_once(D: int) -> None:
 def test_eager_compiled_and_chunked_scores_of_adversarial_weights_have_the_same_bits(
     criterion: str, weights: NDArray[np.float32], use_bfloat16: bool
 ) -> None:
-    function = CRITERIA[criterion]
+    function = WEIGHT_CRITERIA[criterion]
     gate, up = jnp.asarray(weights, jnp.bfloat16 if use_bfloat16 else jnp.float32)
     whole = np.asarray(jax.jit(function)(gate, up))
     assert np.asarray(function(gate, up)).tobytes() == whole.tobytes()
@@ -187,9 +180,9 @@ def test_eager_compiled_and_chunked_scores_of_adversarial_weights_have_the_same_
 @both_dtypes
 def test_chunks_and_shards_of_an_odd_width_give_the_same_bits(criterion: str, dtype: str) -> None:
     gate, up = random_matrices(7373, 300, dtype)
-    compiled = jax.jit(CRITERIA[criterion])
+    compiled = jax.jit(WEIGHT_CRITERIA[criterion])
     whole = np.asarray(compiled(gate, up))
-    assert np.asarray(CRITERIA[criterion](jnp.asarray(gate), jnp.asarray(up))).tobytes() == whole.tobytes()
+    assert np.asarray(WEIGHT_CRITERIA[criterion](jnp.asarray(gate), jnp.asarray(up))).tobytes() == whole.tobytes()
     chunks = [np.asarray(compiled(gate[at : at + 101], up[at : at + 101])) for at in range(0, 7373, 101)]
     assert np.concatenate(chunks).tobytes() == whole.tobytes()
 
@@ -221,14 +214,14 @@ def test_a_model_scores_the_same_on_one_device_and_on_eight(criterion: str, dtyp
 def test_moving_neurons_moves_their_scores(criterion: str, dtype: str) -> None:
     gate, up = random_matrices(257, 96, dtype)
     order = np.random.default_rng(1).permutation(257)
-    function = jax.jit(CRITERIA[criterion])
+    function = jax.jit(WEIGHT_CRITERIA[criterion])
     assert np.array_equal(function(gate[order], up[order]), np.asarray(function(gate, up))[order])
 
 
 @all_criteria
 def test_signs_and_the_roles_of_gate_and_up_do_not_matter(criterion: str) -> None:
     gate, up = random_matrices(500, 96, "float32")
-    function = jax.jit(CRITERIA[criterion])
+    function = jax.jit(WEIGHT_CRITERIA[criterion])
     scores = np.asarray(function(gate, up))
     assert np.array_equal(function(-gate, up), scores)
     assert np.array_equal(function(gate, -up), scores)
@@ -238,7 +231,7 @@ def test_signs_and_the_roles_of_gate_and_up_do_not_matter(criterion: str) -> Non
 def test_ppm_does_not_depend_on_the_order_within_a_row() -> None:
     gate, up = random_matrices(500, 96, "float32")
     order = np.random.default_rng(1).permutation(96)
-    assert np.array_equal(CRITERIA["ppm"](gate[:, order], up), CRITERIA["ppm"](gate, up))
+    assert np.array_equal(WEIGHT_CRITERIA["ppm"](gate[:, order], up), WEIGHT_CRITERIA["ppm"](gate, up))
 
 
 @all_criteria
@@ -248,7 +241,7 @@ def test_scaling_by_a_power_of_two_scales_scores_exactly(criterion: str, exponen
     gate, up = random_matrices(64, 96, "float32")
     scale = np.float32(2.0**exponent)
     degree = {"ppm": 1, "vow": 2, "pon": 2, "l2": 1}[criterion]
-    function = jax.jit(CRITERIA[criterion])
+    function = jax.jit(WEIGHT_CRITERIA[criterion])
     assert np.array_equal(function(gate * scale, up * scale), np.asarray(function(gate, up)) * scale**degree)
 
 
@@ -428,12 +421,12 @@ def test_the_criterion_may_be_a_function() -> None:
     for layer, values, width in zip(model.layers, scores.values, (40, 33), strict=True):
         assert values.dtype == np.float32
         assert np.array_equal(values, np.asarray(layer.mlp.gate_proj[...], np.float32)[:width, 0])
-    assert bits(score(model, CRITERIA["vow"]).values) == bits(score(model, "vow").values)
+    assert bits(score(model, WEIGHT_CRITERIA["vow"]).values) == bits(score(model, "vow").values)
 
 
 def test_an_unknown_criterion_is_refused() -> None:
-    with pytest.raises(RequestError, match="unknown criterion 'random'; known are ppm, vow, pon, l2"):
-        score(make_model(), "random")
+    with pytest.raises(RequestError, match="unknown criterion 'best'; known are ppm, vow, pon, l2"):
+        score(make_model(), "best")
 
 
 BAD_SCORES: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
@@ -480,16 +473,16 @@ def test_all_matrices_that_are_not_finite_are_named() -> None:
         score(model)
 
 
-def test_random_values_are_a_seeded_baseline() -> None:
-    config = dataclasses.replace(CONFIG, intermediate_sizes=(4000, 4000, 33))
-    values = random_values(config, seed=7)
-    assert bits(values) == bits(random_values(config, seed=7))
+def test_random_scores_are_a_seeded_baseline() -> None:
+    model = make_model(dataclasses.replace(CONFIG, intermediate_sizes=(4000, 4000, 33)))
+    values = score(model, "random", seed=7).values
+    assert bits(values) == bits(score(model, "random", seed=7).values)
     assert [len(v) for v in values] == [4000, 4000, 33]
     for v in values[:2]:
         assert ((v >= 0) & (v < 1)).all()
         assert abs(v.mean() - 0.5) < 0.03
     assert abs(np.corrcoef(values[0], values[1])[0, 1]) < 0.06
-    assert abs(np.corrcoef(values[0], random_values(config, seed=8)[0])[0, 1]) < 0.06
+    assert abs(np.corrcoef(values[0], score(model, "random", seed=8).values[0])[0, 1]) < 0.06
 
 
 # --------------------------------------------------------------------------------------------------- fingerprint
@@ -504,7 +497,7 @@ def test_the_fingerprint_is_of_the_values_not_of_their_storage() -> None:
         assert fingerprint(make_model(dtype=dtype)) == expected
         assert fingerprint(make_model(padded, dtype)) == expected
         assert fingerprint(shard(make_model(padded, dtype))) == expected
-    assert {score(make_model(), criterion).fingerprint for criterion in CRITERIA} == {expected}
+    assert {score(make_model(), criterion).fingerprint for criterion in WEIGHT_CRITERIA} == {expected}
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,8 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 import convert
 from convert.tokenizer import encode_text, load_tokenizer
 from evals.engine import rows
-from evals.perplexity import PYTHON_REFERENCE, perplexity, read_text
+from evals.perplexity import perplexity
+from gluprune_jax.documents import PYTHON_REFERENCE, read_text
 from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import score
 from gluprune_jax.model import Llama

@@ -22,9 +22,10 @@ import convert
 from convert.tokenizer import encode_text, load_tokenizer
 from evals.engine import Engine, rows, score_tokens
 from gluprune_jax import generation
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.errors import RequestError
 from gluprune_jax.generation import Sampling, admit, decode, empty_state, generate, last_hidden
-from gluprune_jax.importance import CRITERIA, mlp_extents, score, score_layer
+from gluprune_jax.importance import mlp_extents, score, score_layer
 from gluprune_jax.mesh import MeshShape, make_mesh, mesh_of, on, parse_mesh, place, shape_of, shard_model
 from gluprune_jax.model import KVCache, Llama, ModelConfig, abstract_model, bind
 from gluprune_jax.plan import make_plan
@@ -156,7 +157,7 @@ def test_where_weights_live(model: Llama, shape: MeshShape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_scores_and_kept_sets_are_equal_to_the_bit(any_model: Llama, criterion: str, shape: MeshShape) -> None:
     alone = score(any_model, criterion)
     together = score(shard_model(any_model, mesh_for(any_model, shape)), criterion)
@@ -385,7 +386,7 @@ def compiled_for(model: Llama) -> dict[str, Counter[tuple[str, str]]]:
         state = empty_state(config, 8, 1024, jnp.float32)
         sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
         programs: dict[str, Callable[[], Any]] = {
-            **{name: functools.partial(collectives, score_layer, f, gate, gate) for name, f in CRITERIA.items()},
+            **{name: functools.partial(collectives, score_layer, f, gate, gate) for name, f in WEIGHT_CRITERIA.items()},
             "extents": lambda: collectives(mlp_extents, gate, gate, down),
             "slice gate": lambda: collectives(slice_neurons, 0, 3, gate, np.arange(41, dtype=np.int32)),
             "slice down": lambda: collectives(slice_neurons, 1, 3, down, np.arange(41, dtype=np.int32)),
@@ -401,7 +402,7 @@ def compiled_for(model: Llama) -> dict[str, Counter[tuple[str, str]]]:
         return {name: compile_it() for name, compile_it in programs.items()}
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_scoring_is_local_and_only_scores_are_gathered(compiled_for: Any, criterion: str) -> None:
     assert compiled_for[criterion] == {("all-gather", "f32[84]"): 1}
 

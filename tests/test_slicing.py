@@ -18,8 +18,9 @@ from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
 from convert.tokenizer import encode_text, load_tokenizer
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.errors import RequestError
-from gluprune_jax.importance import CRITERIA, Scores, fingerprint, random_values, score
+from gluprune_jax.importance import fingerprint, score
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import PruningPlan, make_plan
 from gluprune_jax.slicing import slice_model
@@ -153,7 +154,7 @@ def test_a_plan_of_another_shape_is_refused_and_frees_nothing(folder: Path) -> N
 # ---------------------------------------------------------------------------------------------- mask equals slice
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 @pytest.mark.parametrize("width_multiple", [1, 16])
 def test_the_masked_model_and_the_sliced_one_are_the_same_function(
     tmp_path: Path, criterion: str, width_multiple: int
@@ -183,7 +184,7 @@ def test_the_demo_model_masked_and_sliced_is_the_same_function(demo: convert.Che
 # --------------------------------------------------------------------------------- two steps, scores and padding
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_pruning_in_two_steps_equals_pruning_at_once(folder: Path, criterion: str) -> None:
     """The criteria look at one neuron at a time, so the neurons that are left keep their scores."""
     model = load(folder)
@@ -234,10 +235,9 @@ def test_padding_is_unseen_by_scores_and_fingerprint(folder: Path) -> None:
 
 def test_a_random_plan_slices_too(folder: Path) -> None:
     model = load(folder)
-    values = random_values(model.config, seed=3)
-    scores = Scores("random", values, model.config.hidden_size, "float32", fingerprint(model))
+    scores = score(model, "random", seed=3)
     sliced = slice_model(model, make_plan(scores, width=9))
-    for i, v in enumerate(values):
+    for i, v in enumerate(scores.values):
         kept = sorted(np.argsort(v)[-9:])
         assert same_bits(mlp(sliced, i, "up_proj"), np.asarray(mlp(model, i, "up_proj"))[kept])
 

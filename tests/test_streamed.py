@@ -12,8 +12,9 @@ from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
 from gluprune_jax import make_plan, score
+from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.importance import CRITERIA, fingerprint
+from gluprune_jax.importance import fingerprint
 from gluprune_jax.report import changes
 
 CONFIG = hf_config(num_hidden_layers=4)
@@ -41,7 +42,7 @@ def prune(path: Path, output: Path, stream: bool, criterion: str = "ppm", **targ
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 def test_the_same_bits_as_in_memory(model: Path, tmp_path: Path, criterion: str, dtype: str | None) -> None:
     target = {"criterion": criterion, "dtype": dtype, "prune_percent": 30}
     streamed = prune(model, tmp_path / "streamed", True, **target)

@@ -1,0 +1,544 @@
+"""What the neurons of a model do on calibration text: statistics of the input of down_proj, layer by layer.
+
+The residual stream of all calibration windows is held, and moved through the model one layer at a time (`Stream`), by
+one compiled program for all layers of a width. So a layer can be looked at, changed, and what the layers behind it see
+is what the changed one gives; and the Gram matrix of one layer, `[F, F]`, is all that exists of them at a time.
+
+Sums are float32 whatever the dtype of the model, over real tokens only: padding, the size and the order of the batches
+do not change them beyond the rounding of sums.
+
+Array letters: N windows, B windows of a batch, W tokens of a window, D hidden size, F intermediate size.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from gluprune_jax.atomic import write_file_atomic
+from gluprune_jax.errors import OperationError, RequestError, unreadable
+from gluprune_jax.importance import fingerprint
+from gluprune_jax.mesh import mesh_of, on, place, settle, shape_of, to_host
+from gluprune_jax.model import DecoderLayer, Llama, ModelConfig, rope_frequencies
+from gluprune_jax.packing import PADDING
+from gluprune_jax.sharding import constrain
+from gluprune_jax.training import cross_entropy
+
+FORMAT, VERSION = "gluprune-statistics", 1
+# Tokens that a replica runs through a layer at once; windows are at least one.
+BATCH_TOKENS = 2048
+# Tokens of a replica whose logits exist at a time.
+_LOGITS_TOKENS = 256
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """Of the activations a of one layer's neurons (the input of down_proj) over n tokens.
+
+    Attributes:
+      tokens: n.
+      squares: sums of a^2, `[F]` float32.
+      sums: sums of a, `[F]` float32.
+      magnitudes: sums of |a|, `[F]` float32.
+      influence: 1 - cos of the angle between what goes into the layer and what comes out of it, a mean over tokens:
+        how much of a block is left out if it is dropped (arXiv 2403.03853).
+      sensitivity: see `sensitivities`, `[F]` float32; None where it was not asked for.
+    """
+
+    tokens: int
+    squares: NDArray[np.float32]
+    sums: NDArray[np.float32]
+    magnitudes: NDArray[np.float32]
+    influence: float
+    sensitivity: NDArray[np.float32] | None = None
+
+    @property
+    def activation_norm(self) -> NDArray[np.float32]:
+        """L2 norm over the tokens, `[F]`."""
+        return np.sqrt(self.squares)
+
+    @property
+    def mean(self) -> NDArray[np.float32]:
+        """Mean over the tokens, `[F]`."""
+        return (self.sums / self.tokens).astype(np.float32)
+
+    @property
+    def mean_magnitude(self) -> NDArray[np.float32]:
+        """Mean absolute value over the tokens, `[F]`."""
+        return (self.magnitudes / self.tokens).astype(np.float32)
+
+
+_ARRAYS = ("squares", "sums", "magnitudes", "sensitivity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The statistics of every layer, and what they are of; any number of criteria and widths may use them.
+
+    Attributes:
+      layers: in the order of the model.
+      hidden_size: D.
+      fingerprint: identifies the MLP weights of the model (see `importance.score`).
+      texts: what the tokens are: `describe_windows`.
+    """
+
+    layers: tuple[LayerStatistics, ...]
+    hidden_size: int
+    fingerprint: str
+    texts: Mapping[str, Any]
+
+    def check_fits(self, config: ModelConfig, fingerprint: str | None = None) -> None:
+        """Makes sure that they are of a model of this shape and, given their fingerprint, of its weights.
+
+        Raises:
+          RequestError: they are not.
+        """
+        ours = tuple(len(layer.squares) for layer in self.layers), self.hidden_size
+        if ours != (config.intermediate_sizes, config.hidden_size):
+            raise RequestError(
+                f"the statistics are of a model with {len(ours[0])} layers of {max(ours[0])} neurons at hidden size "
+                f"{ours[1]}; this one has {config.num_hidden_layers} of {max(config.intermediate_sizes)} at "
+                f"{config.hidden_size}"
+            )
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise RequestError(
+                f"the statistics are of other weights: they name {self.fingerprint[:23]}..., the MLP weights of this "
+                f"model are {fingerprint[:23]}..."
+            )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes them as one .npz file, whole or not at all.
+
+        Raises:
+          RequestError: `path` exists and `overwrite` is false.
+          OperationError: it cannot be written.
+        """
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "hidden_size": self.hidden_size,
+            "fingerprint": self.fingerprint,
+            "texts": dict(self.texts),
+            "tokens": [layer.tokens for layer in self.layers],
+            "influence": [layer.influence for layer in self.layers],
+        }
+        arrays = {
+            f"{name}_{i}": getattr(layer, name)
+            for i, layer in enumerate(self.layers)
+            for name in _ARRAYS
+            if getattr(layer, name) is not None
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+        write_file_atomic(Path(path), buffer.getvalue(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Statistics":
+        """Reads what `save` wrote.
+
+        Raises:
+          RequestError: there is no such file, or it is of a later version.
+          OperationError: it cannot be read, is none of these files, or is damaged.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise unreadable(f"the statistics {path}", error) from error
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                found = dict(arrays)
+            head = json.loads(found["head"].tobytes())
+            if head["format"] != FORMAT:
+                raise ValueError(f"its format is {head['format']!r}")
+            if head["version"] != VERSION:
+                raise RequestError(f"{path} has version {head['version']!r}; this program reads version {VERSION}")
+            layers = tuple(
+                LayerStatistics(
+                    tokens=int(tokens),
+                    influence=float(influence),
+                    **{name: found[f"{name}_{i}"] for name in _ARRAYS if f"{name}_{i}" in found},
+                )
+                for i, (tokens, influence) in enumerate(zip(head["tokens"], head["influence"], strict=True))
+            )
+            _check_layers(layers)
+            return cls(layers, int(head["hidden_size"]), str(head["fingerprint"]), dict(head["texts"]))
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise OperationError(f"{path} holds no statistics of --statistics-out, or is damaged: {error}") from error
+
+
+def _check_layers(layers: Sequence[LayerStatistics]) -> None:
+    for i, layer in enumerate(layers):
+        for name in _ARRAYS:
+            values = getattr(layer, name)
+            if values is not None and (values.dtype != np.float32 or values.shape != layer.squares.shape):
+                raise ValueError(f"{name} of layer {i} is {values.dtype} of shape {values.shape}")
+        _check_finite(layer, i)
+
+
+def _check_finite(layer: LayerStatistics, i: int) -> None:
+    for name in _ARRAYS:
+        values = getattr(layer, name)
+        if values is not None and not np.isfinite(values).all():
+            raise OperationError(f"the {name} of layer {i} are not finite numbers: such a model cannot be calibrated")
+
+
+def describe_windows(windows: NDArray[np.int32], names: Sequence[str] = ()) -> dict[str, Any]:
+    """What plans and statistics say of calibration windows `[N, W]`: texts, tokens, window, and a digest of the ids."""
+    return {
+        "texts": list(names),
+        "tokens": int((windows >= 0).sum()),
+        "window": windows.shape[1],
+        "digest": f"sha256:{hashlib.sha256(np.ascontiguousarray(windows, '<i4').tobytes()).hexdigest()}",
+    }
+
+
+def collect(
+    model: Llama,
+    windows: NDArray[np.int32],
+    *,
+    names: Sequence[str] = (),
+    sensitivity: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    on_layer: Callable[[int], None] | None = None,
+) -> Statistics:
+    """The statistics of every layer of a model, in one pass over calibration windows.
+
+    Args:
+      model: the model, on any mesh.
+      windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      names: of the texts, for `Statistics.texts`.
+      sensitivity: also the sensitivity of the loss, which takes a forward and a backward pass more.
+      batch_tokens: how many tokens a replica computes at once; memory, not results, depends on it.
+      on_layer: called with the index of each layer that is done.
+
+    Raises:
+      RequestError: no windows, windows longer than the model's, or token ids outside its vocabulary.
+      OperationError: statistics that are not finite, naming the layer; NaN or Inf weights.
+    """
+    stream = Stream(model, windows, batch_tokens=batch_tokens)
+    layers = []
+    for i in range(model.config.num_hidden_layers):
+        observed, _ = stream.observe(i)
+        influence = stream.advance(i)
+        layers.append(dataclasses.replace(observed, influence=influence))
+        if on_layer:
+            on_layer(i)
+    if sensitivity:
+        values = sensitivities(model, windows, batch_tokens=batch_tokens)
+        layers = [dataclasses.replace(layer, sensitivity=value) for layer, value in zip(layers, values, strict=True)]
+        for i, layer in enumerate(layers):
+            _check_finite(layer, i)
+    return Statistics(tuple(layers), model.config.hidden_size, fingerprint(model), describe_windows(windows, names))
+
+
+# ---------------------------------------------------------------------------------------------------------- stream
+
+
+class Sums(NamedTuple):
+    """What is added up over tokens: `[F]` each, and the Gram matrix `[F, F]` where it is asked for; float32."""
+
+    squares: Array
+    sums: Array
+    magnitudes: Array
+    gram: Array | None
+
+
+class Stream:
+    """The residual stream of calibration windows, moved through a model one layer at a time.
+
+    Args:
+      model: the model, on any mesh.
+      windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      batch_tokens: how many tokens a replica computes at once.
+
+    Raises:
+      RequestError: no windows, windows longer than the model's, or token ids outside its vocabulary.
+    """
+
+    def __init__(self, model: Llama, windows: NDArray[np.int32], *, batch_tokens: int = BATCH_TOKENS):
+        self._model, self._mesh = model, mesh_of(model)
+        self._batches = list(batches(model, windows, batch_tokens))
+        self._tokens = int((windows >= 0).sum())
+        with on(self._mesh):
+            self._hidden = [_embed(model.embed_tokens[...], tokens) for tokens in self._batches]
+        settle(self._mesh, self._hidden)
+        self._attended: list[Array] | None = None
+
+    def copy(self) -> "Stream":
+        """Another stream at the same place; what happens to one does not touch the other."""
+        twin = object.__new__(Stream)
+        twin.__dict__ |= self.__dict__
+        return twin
+
+    def observe(self, i: int, *, gram: bool = False) -> tuple[LayerStatistics, Array | None]:
+        """Statistics of layer `i`, into which the stream goes next; its `influence` is not known before `advance`.
+
+        Args:
+          i: the index of the layer.
+          gram: also the Gram matrix of the activations, `[F as stored, F as stored]` float32, divided over neurons.
+
+        Raises:
+          OperationError: they are not finite, naming the layer.
+        """
+        layer: DecoderLayer = self._model.layers[i]
+        graphdef, state = nnx.split(layer)
+        attended = []
+        with on(self._mesh):
+            sums: Sums = _zero_sums(layer.mlp.gate_proj.shape[0], gram)
+            for tokens, hidden in zip(self._batches, self._hidden, strict=True):
+                mid, sums = _observe(self._model.config, graphdef, state, tokens, hidden, sums)
+                settle(self._mesh, sums)
+                attended.append(mid)
+        self._attended = attended
+        width = self._model.config.intermediate_sizes[i]
+        squares, totals, magnitudes = (np.asarray(to_host(part))[:width] for part in sums[:3])
+        statistics = LayerStatistics(self._tokens, squares, totals, magnitudes, math.nan)
+        _check_finite(statistics, i)
+        return statistics, sums.gram
+
+    def advance(self, i: int, down_proj: Array | None = None) -> float:
+        """Moves the stream behind layer `i`, and returns the layer's influence (see `LayerStatistics`).
+
+        Args:
+          i: the index of the layer.
+          down_proj: to use in place of the layer's own, `[D, F as stored]`; zero columns remove neurons.
+        """
+        layer: DecoderLayer = self._model.layers[i]
+        graphdef, state = nnx.split(layer)
+        down = layer.mlp.down_proj[...] if down_proj is None else down_proj
+        config, behind, influence = self._model.config, [], 0.0
+        with on(self._mesh):
+            for number, (tokens, hidden) in enumerate(zip(self._batches, self._hidden, strict=True)):
+                seen = self._attended
+                mid = _attend(config, graphdef, state, hidden) if seen is None else seen[number]
+                out, turned = _advance(graphdef, state, down, tokens, hidden, mid)
+                settle(self._mesh, out)
+                behind.append(out)
+                influence += float(to_host(turned))
+        self._hidden, self._attended = behind, None
+        return influence / self._tokens
+
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the tokens, each predicted within its window, behind the last layer."""
+        total = predicted = 0.0
+        with on(self._mesh):
+            for tokens, hidden in zip(self._batches, self._hidden, strict=True):
+                sums = _loss(self._model.config, _head(self._model), tokens, hidden)
+                total, predicted = total + float(to_host(sums[0])), predicted + float(to_host(sums[1]))
+        return total / predicted
+
+
+def batches(model: Llama, windows: NDArray[np.int32], batch_tokens: int) -> Iterator[Array]:
+    """The windows in batches `[B, W]` on the model's mesh, all of one shape, filled up with padding.
+
+    Raises:
+      RequestError: no windows, windows longer than the model's, or token ids outside its vocabulary.
+    """
+    config, mesh = model.config, mesh_of(model)
+    if not windows.size or not (windows >= 0).any():
+        raise RequestError("there is no calibration text")
+    if windows.shape[1] > config.max_position_embeddings:
+        raise RequestError(
+            f"calibration windows of {windows.shape[1]} tokens; the window of the model holds "
+            f"{config.max_position_embeddings}"
+        )
+    config.check_tokens(np.where(windows == PADDING, 0, windows))
+    replicas = shape_of(mesh).data
+    size = replicas * max(1, min(batch_tokens // windows.shape[1], -(-len(windows) // replicas)))
+    windows = np.pad(windows, ((0, -len(windows) % size), (0, 0)), constant_values=PADDING)
+    for start in range(0, len(windows), size):
+        yield place(mesh, np.ascontiguousarray(windows[start : start + size], np.int32), "batch", None)
+
+
+def _head(model: Llama) -> dict[str, Array]:
+    """The parameters behind the last layer."""
+    head = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return {"norm": model.norm.weight[...], "head": head[...]}
+
+
+@jax.jit
+def _embed(embedding: Array, tokens: Array) -> Array:
+    return constrain(embedding[jnp.maximum(tokens, 0)], "batch", None, None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zero_sums(width: int, gram: bool) -> Sums:
+    vectors = (constrain(jnp.zeros(width, jnp.float32), "neurons") for _ in range(3))
+    matrix = constrain(jnp.zeros((width, width), jnp.float32), "neurons", None) if gram else None
+    return Sums(next(vectors), next(vectors), next(vectors), matrix)
+
+
+def _attended(config: ModelConfig, layer: DecoderLayer, x: Array) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    attended, _ = layer.attend(x, positions, rope_frequencies(config))
+    return constrain(attended, "batch", None, None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(config: ModelConfig, graphdef: Any, state: Any, x: Array) -> Array:
+    return _attended(config, nnx.merge(graphdef, state), x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _observe(config: ModelConfig, graphdef: Any, state: Any, tokens: Array, x: Array, sums: Sums) -> tuple[Array, Sums]:
+    layer: DecoderLayer = nnx.merge(graphdef, state)
+    attended = _attended(config, layer, x)
+    neurons = layer.mlp.neurons(layer.post_attention_layernorm(attended)).astype(jnp.float32)
+    neurons = jnp.where(tokens[..., None] >= 0, neurons, 0).reshape(-1, neurons.shape[-1])
+    neurons = constrain(neurons, "batch", "neurons")
+    gram = sums.gram
+    if gram is not None:
+        products = jnp.einsum("tf,tg->fg", neurons, neurons, precision="highest")
+        gram = constrain(gram + products, "neurons", None)
+    added = Sums(
+        constrain(sums.squares + jnp.sum(neurons**2, axis=0), "neurons"),
+        constrain(sums.sums + jnp.sum(neurons, axis=0), "neurons"),
+        constrain(sums.magnitudes + jnp.sum(jnp.abs(neurons), axis=0), "neurons"),
+        gram,
+    )
+    return attended, added
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(
+    graphdef: Any, state: Any, down_proj: Array, tokens: Array, x: Array, attended: Array
+) -> tuple[Array, Array]:
+    """The stream behind the layer, and the sum over tokens of 1 - cos(x, it)."""
+    layer: DecoderLayer = nnx.merge(graphdef, state)
+    layer.mlp.down_proj[...] = down_proj
+    out = constrain(attended + layer.mlp(layer.post_attention_layernorm(attended), None), "batch", None, None)
+    before, behind = x.astype(jnp.float32), out.astype(jnp.float32)
+    norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(behind, axis=-1)
+    turned = 1 - jnp.sum(before * behind, axis=-1) / jnp.maximum(norms, np.finfo(np.float32).tiny)
+    return out, constrain(jnp.sum(jnp.where(tokens >= 0, turned, 0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> tuple[Array, Array]:
+    """Sum of the negative log-likelihoods of the predicted tokens, and how many there are."""
+    losses, predicts = _losses(config, head, tokens, x)
+    return constrain(jnp.sum(losses)), constrain(jnp.sum(predicts.astype(jnp.float32)))
+
+
+def _losses(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> tuple[Array, Array]:
+    """Negative log-likelihoods `[B]` of each window, and which of its positions predict a token, `[B, W]`."""
+    B, W = tokens.shape
+    predicts = jnp.pad(tokens[:, 1:] >= 0, ((0, 0), (0, 1)))
+    targets = jnp.roll(tokens, -1, axis=1)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.rms_norm_eps)
+    hidden = head["norm"].astype(x.dtype) * x32.astype(x.dtype)
+    size = min(W, max(1, _LOGITS_TOKENS // B))
+
+    def chunks(array: Array) -> Array:
+        padded = jnp.pad(array, ((0, 0), (0, -W % size), *((0, 0),) * (array.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(B, -1, size, *array.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def chunk(hidden: Array, targets: Array, predicts: Array) -> Array:
+        logits = jnp.einsum(
+            "btd,vd->btv", hidden, head["head"].astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        logits = constrain(logits, "batch", None, "vocab")
+        return jnp.sum(jnp.where(predicts, cross_entropy(logits, targets), 0), axis=1)
+
+    _, parts = jax.lax.scan(
+        lambda carry, part: (carry, chunk(*part)), None, (chunks(hidden), chunks(targets), chunks(predicts))
+    )
+    return jnp.sum(parts, axis=0), predicts
+
+
+# ----------------------------------------------------------------------------------------------------- sensitivity
+
+
+def sensitivities(
+    model: Llama,
+    windows: NDArray[np.int32],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[NDArray[np.float32]]:
+    """First-order effect of each neuron on the loss (Molchanov et al., arXiv 1611.06440), for each layer `[F]` float32.
+
+    The mean over windows of `|sum over its tokens of a dL/da|`, with a the neuron's activation and L the sum of the
+    window's negative log-likelihoods: the gradient by a mask over neurons, at 1. Each batch goes forward through the
+    layers, whose inputs are kept, and back.
+
+    Args:
+      model: the model, on any mesh.
+      windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      batch_tokens: how many tokens a replica computes at once.
+      on_batch: called with the index of each batch that is done.
+
+    Raises:
+      RequestError: as for `Stream`.
+    """
+    config, mesh = model.config, mesh_of(model)
+    totals: list[Any] = [None] * config.num_hidden_layers
+    parts = [nnx.split(layer) for layer in model.layers]
+    with on(mesh):
+        for number, tokens in enumerate(batches(model, windows, batch_tokens)):
+            inputs = [_embed(model.embed_tokens[...], tokens)]
+            for graphdef, state in parts:
+                inputs.append(_forward(config, graphdef, state, inputs[-1]))
+                settle(mesh, inputs[-1])
+            gradient = _loss_gradient(config, _head(model), tokens, inputs.pop())
+            settle(mesh, gradient)
+            for i, (graphdef, state) in reversed(list(enumerate(parts))):
+                gradient, added = _backward(config, graphdef, state, inputs.pop(), gradient)
+                settle(mesh, gradient)
+                totals[i] = added if totals[i] is None else _add(totals[i], added)
+            if on_batch:
+                on_batch(number)
+    return [
+        (np.asarray(to_host(total))[:width] / len(windows)).astype(np.float32)
+        for total, width in zip(totals, config.intermediate_sizes, strict=True)
+    ]
+
+
+def _run(config: ModelConfig, layer: DecoderLayer, x: Array, mask: Array | None) -> Array:
+    attended = _attended(config, layer, x)
+    out = attended + layer.mlp(layer.post_attention_layernorm(attended), mask)
+    return constrain(out, "batch", None, None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config: ModelConfig, graphdef: Any, state: Any, x: Array) -> Array:
+    return _run(config, nnx.merge(graphdef, state), x, None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_gradient(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> Array:
+    gradient: Array = jax.grad(lambda x: jnp.sum(_losses(config, head, tokens, x)[0]))(x)
+    return gradient
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(config: ModelConfig, graphdef: Any, state: Any, x: Array, gradient: Array) -> tuple[Array, Array]:
+    """The gradient by the layer's input, and the sums over windows of the absolute gradients by its mask, `[F]`."""
+    width = state["mlp"]["gate_proj"][...].shape[0]
+    mask = constrain(jnp.ones((x.shape[0], 1, width), x.dtype), "batch", None, "neurons")
+    _, pull = jax.vjp(lambda x, mask: _run(config, nnx.merge(graphdef, state), x, mask), x, mask)
+    by_input, by_mask = pull(gradient)
+    return by_input, constrain(jnp.sum(jnp.abs(by_mask[:, 0].astype(jnp.float32)), axis=0), "neurons")
+
+
+@jax.jit
+def _add(total: Array, added: Array) -> Array:
+    return total + added

@@ -1,0 +1,362 @@
+"""How a model is pruned: criterion, allocation and compensation together, and the command-line options for them."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert import Checkpoint
+from convert.tokenizer import encode_documents, load_tokenizer, separator
+from gluprune_jax import terminal
+from gluprune_jax.allocation import ALLOCATIONS, FLOOR, by_cost, by_score, layer_costs
+from gluprune_jax.calibration import Statistics, collect, describe_windows, sensitivities
+from gluprune_jax.compensation import Compensation, compensate, prune_in_order, with_down_projections
+from gluprune_jax.criteria import CRITERIA, find_criterion, inputs_of
+from gluprune_jax.documents import DATA_HELP, Messages
+from gluprune_jax.errors import RequestError
+from gluprune_jax.importance import MLPWeights, Scores, is_data_driven, score
+from gluprune_jax.model import Llama
+from gluprune_jax.packing import pack
+from gluprune_jax.plan import PruningPlan, chosen_layers, make_plan, target_width
+
+COMPENSATIONS = ("none", "least-squares")
+_SHORT = {"ls": "least-squares"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How neurons are chosen, and what becomes of the others' work.
+
+    Attributes:
+      criterion: a name in `CRITERIA`, or package.module:function.
+      allocation: one of `ALLOCATIONS`.
+      floor: the least share of its neurons that a layer keeps, where layers differ.
+      is_compensated: whether down_proj is refitted by least squares.
+      in_order: whether each layer is scored on, and fitted to, what the pruned ones before it give.
+      seed: of criteria that draw random numbers.
+    """
+
+    criterion: str = "ppm"
+    allocation: str = "uniform"
+    floor: float = FLOOR
+    is_compensated: bool = False
+    in_order: bool = False
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str, *, floor: float = FLOOR, seed: int = 0) -> "Method":
+        """A method as it is written in one word: "hybrid+global+least-squares+in-order", the criterion first.
+
+        Raises:
+          RequestError: another word.
+        """
+        criterion, *parts = (_SHORT.get(part, part) for part in text.split("+"))
+        find_criterion(criterion)
+        known = (*ALLOCATIONS[1:], "least-squares", "in-order")
+        if wrong := [part for part in parts if part not in known]:
+            raise RequestError(f"method {text!r} has {wrong[0]!r}; behind the criterion may come {', '.join(known)}")
+        allocations = [part for part in parts if part in ALLOCATIONS]
+        if len(allocations) > 1:
+            raise RequestError(f"method {text!r} has two allocations; give one")
+        allocation = allocations[0] if allocations else "uniform"
+        return cls(criterion, allocation, floor, "least-squares" in parts, "in-order" in parts, seed)
+
+    def __str__(self) -> str:
+        parts = [self.criterion, *[self.allocation] * (self.allocation != "uniform")]
+        return "+".join([*parts, *["least-squares"] * self.is_compensated, *["in-order"] * self.in_order])
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the criterion looks at activations."""
+        return is_data_driven(find_criterion(self.criterion)[1])
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model must be run on calibration text, whatever statistics there are."""
+        return self.is_compensated or self.in_order or self.allocation == "measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """A choice of neurons, and the down projections that go with it (None: those of the model)."""
+
+    plan: PruningPlan
+    compensation: Compensation | None = None
+
+    def apply(self, model: Llama) -> Llama:
+        """The model with these down projections; `plan` is still to be masked or sliced."""
+        return model if self.compensation is None else with_down_projections(model, self.compensation.down_projs)
+
+    def record(self) -> dict[str, Any]:
+        """What a history says beside the plan."""
+        return {} if self.compensation is None else {"compensation": self.compensation.summary()}
+
+
+class Chooser:
+    """Scores a model once, for any number of methods and targets.
+
+    Args:
+      model: the dense model; may be abstract where only its weights are looked at.
+      weights: gives the MLP matrices, layer by layer, wherever they are.
+      windows: calibration windows `[N, W]`, if there is calibration text.
+      names: of the texts.
+      statistics: of this model, if they were collected before.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        weights: Callable[[], Iterable[MLPWeights]],
+        *,
+        windows: NDArray[np.int32] | None = None,
+        names: Sequence[str] = (),
+        statistics: Statistics | None = None,
+    ):
+        self._model, self._weights, self._windows, self._names = model, weights, windows, names
+        self._statistics = statistics
+        self._scores: dict[tuple[str, int], Scores] = {}
+
+    def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
+        """Those of the model: given, or collected when they are first asked for; None without calibration text."""
+        if self._statistics is None and self._windows is not None:
+            with self._layers("calibrating") as progress:
+                self._statistics = collect(self._model, self._windows, names=self._names, on_layer=progress)
+        found = self._statistics
+        if found is not None and sensitivity and found.layers[0].sensitivity is None and self._windows is not None:
+            values = sensitivities(self._model, self._windows)
+            layers = [dataclasses.replace(a, sensitivity=b) for a, b in zip(found.layers, values, strict=True)]
+            self._statistics = dataclasses.replace(found, layers=tuple(layers))
+        return self._statistics
+
+    def scores(self, criterion: str, seed: int = 0) -> Scores:
+        """The scores by a criterion, computed once.
+
+        Raises:
+          RequestError, OperationError: as for `importance.score`.
+        """
+        name, function = find_criterion(criterion)
+        seed = seed if "key" in inputs_of(function, name) else 0
+        if (criterion, seed) not in self._scores:
+            needed = "sensitivity" in inputs_of(function)
+            statistics = self.statistics(sensitivity=needed) if is_data_driven(function) else None
+            with self._layers("scoring neurons") as progress:
+                self._scores[criterion, seed] = score(
+                    self._model,
+                    criterion,
+                    statistics=statistics,
+                    seed=seed,
+                    weights=self._weights(),
+                    on_layer=progress,
+                )
+        return self._scores[criterion, seed]
+
+    def choose(self, method: Method, targets: Sequence[Mapping[str, Any]]) -> list[Pruned]:
+        """Prunes to each target by a method; what can be shared between targets is.
+
+        Args:
+          method: how.
+          targets: arguments of `make_plan`: a target, `multiple_of` and `layers`.
+
+        Raises:
+          RequestError, OperationError: as for `make_plan`, `importance.score`, `allocation` and `compensation`.
+        """
+        scores = self.scores(method.criterion, method.seed)
+        plans = [self._plan(method, scores, target) for target in targets]
+        if method.in_order:
+            return [self._in_order(method, scores, target, plan) for target, plan in zip(targets, plans, strict=True)]
+        if method.is_compensated:
+            return self.compensated(plans)
+        return [Pruned(plan) for plan in plans]
+
+    def compensated(self, plans: Sequence[PruningPlan]) -> list[Pruned]:
+        """Refits down projections for plans, in one pass over the calibration text."""
+        with self._layers("refitting down_proj") as progress:
+            found = compensate(self._model, self._text(), plans, on_layer=progress)
+        texts = describe_windows(self._text(), self._names)
+        plans = [dataclasses.replace(plan, calibration=plan.calibration or texts) for plan in plans]
+        return [Pruned(plan, compensation) for plan, compensation in zip(plans, found, strict=True)]
+
+    def _plan(self, method: Method, scores: Scores, target: Mapping[str, Any]) -> PruningPlan:
+        uniform = make_plan(scores, **target)
+        if method.allocation == "uniform":
+            return uniform
+        chosen = chosen_layers(scores, target.get("layers"))
+        sizes = [scores.intermediate_sizes[i] for i in chosen]
+        multiple_of = target.get("multiple_of", 1)
+        share = {key: value for key, value in target.items() if key not in ("multiple_of", "layers")}
+        budget = sum(target_width(size, scores.hidden_size, **share) for size in sizes)
+        about: dict[str, Any] = {"method": method.allocation, "floor": method.floor}
+        if method.allocation == "global":
+            values = [scores.values[i] for i in chosen]
+            found = by_score(values, budget, floor=method.floor, multiple_of=multiple_of)
+        else:
+            with self._layers("measuring layers") as progress:
+                costs = layer_costs(
+                    self._model, self._text(), uniform, is_compensated=method.is_compensated, on_layer=progress
+                )
+            found = by_cost([costs[i] for i in chosen], sizes, budget, floor=method.floor, multiple_of=multiple_of)
+            about["costs"] = [round(cost, 6) for cost in costs]
+        widths = list(scores.intermediate_sizes)
+        for i, width in zip(chosen, found, strict=True):
+            widths[i] = width
+        return make_plan(scores, **target, widths=widths, allocation=about)
+
+    def _in_order(self, method: Method, scores: Scores, target: Mapping[str, Any], plan: PruningPlan) -> Pruned:
+        needs = method.needs_statistics
+        with self._layers("pruning layers in order") as progress:
+            values, compensation = prune_in_order(
+                self._model,
+                self._text(),
+                method.criterion,
+                plan.widths,
+                statistics=self.statistics() if needs else None,
+                is_compensated=method.is_compensated,
+                seed=method.seed,
+                on_layer=progress,
+            )
+        texts = describe_windows(self._text(), self._names)
+        scores = dataclasses.replace(scores, values=values, calibration=texts)
+        plan = make_plan(scores, **target, widths=plan.widths, allocation=plan.request.get("allocation"))
+        plan = dataclasses.replace(plan, request={**plan.request, "in_order": True})
+        return Pruned(plan, compensation if method.is_compensated else None)
+
+    def _text(self) -> NDArray[np.int32]:
+        if self._windows is None:
+            raise RequestError("this needs the model to run on text; give --calibration TEXT")
+        return self._windows
+
+    @contextlib.contextmanager
+    def _layers(self, what: str) -> Iterator[Callable[[int], None]]:
+        """A bar over layers, called with the index of each that is done."""
+        with terminal.count_progress(what, self._model.config.num_hidden_layers, "layers") as report:
+            yield lambda i: report(i + 1)
+
+
+# --------------------------------------------------------------------------------------------------------- options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a method to a command line."""
+    which = parser.add_argument_group("which neurons")
+    which.add_argument(
+        "--criterion",
+        default="ppm",
+        metavar="NAME",
+        help=f"how neurons are ranked: {', '.join(CRITERIA)}, or your own function as package.module:function",
+    )
+    which.add_argument("--multiple-of", type=int, default=1, metavar="M", help="floor the width to a multiple of M")
+    which.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="prune only these layers, such as 0-3,8,-1 (write --layers=-1,0 if a minus leads)",
+    )
+    which.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default="uniform",
+        help="the same width for all layers, or one budget over them: by score, or by the measured cost of each layer",
+    )
+    which.add_argument(
+        "--floor", type=float, default=FLOOR, metavar="X", help="the least share of its neurons that a layer keeps"
+    )
+    which.add_argument(
+        "--compensate",
+        choices=COMPENSATIONS,
+        default="none",
+        help="refit down_proj so that the kept neurons do what the removed ones did",
+    )
+    which.add_argument(
+        "--in-order", action="store_true", help="later layers are pruned for what the pruned earlier ones give"
+    )
+    add_calibration_arguments(parser)
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument("--statistics", type=Path, metavar="FILE", help="use these, collected before")
+    calibration.add_argument("--statistics-out", type=Path, metavar="FILE", help="save what was collected (.npz)")
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of calibration text to a command line."""
+    calibration = parser.add_argument_group("calibration text")
+    calibration.add_argument("--calibration", nargs="+", metavar="TEXT", help=DATA_HELP)
+    calibration.add_argument("--calibration-tokens", type=int, default=32768, metavar="N", help="how many to use")
+    calibration.add_argument("--calibration-window", type=int, default=512, metavar="N", help="tokens of a window")
+
+
+def method_of(args: argparse.Namespace) -> Method:
+    """The method that the options ask for.
+
+    Raises:
+      RequestError: options that do not go together.
+    """
+    find_criterion(args.criterion)
+    method = Method(
+        args.criterion,
+        args.allocation,
+        args.floor,
+        args.compensate == "least-squares",
+        args.in_order,
+        args.seed,
+    )
+    if not 0 <= args.floor < 1:
+        raise RequestError(f"--floor is {args.floor:g}; it must be a share from 0 and below 1")
+    if args.in_order and not (method.is_compensated or method.needs_statistics):
+        raise RequestError(
+            f"--in-order changes nothing for --criterion {args.criterion}, which looks at weights alone; "
+            f"add --compensate least-squares or leave it out"
+        )
+    check_calibration_request(args, [method])
+    return method
+
+
+def check_calibration_request(args: argparse.Namespace, methods: Sequence[Method]) -> None:
+    """Refuses methods that lack what they look at, and text that nothing looks at.
+
+    Raises:
+      RequestError: as said.
+    """
+    statistics = getattr(args, "statistics", None)
+    for flag, least in (("calibration_tokens", 2), ("calibration_window", 2)):
+        if getattr(args, flag) < least:
+            raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    if args.calibration_tokens < args.calibration_window:
+        raise RequestError(
+            f"--calibration-tokens is {args.calibration_tokens}, less than the {args.calibration_window} of one "
+            f"window; give more, or a smaller --calibration-window"
+        )
+    for method in methods:
+        if method.needs_text and not args.calibration:
+            what = "--in-order" if method.in_order else "--allocation measured"
+            what = "--compensate least-squares" if method.is_compensated else what
+            raise RequestError(f"{what} runs the model on calibration text; give --calibration TEXT")
+        if method.needs_statistics and not (args.calibration or statistics):
+            raise RequestError(
+                f"--criterion {method.criterion} looks at activations; give --calibration TEXT or --statistics FILE"
+            )
+    is_saved = getattr(args, "statistics_out", None) is not None
+    if is_saved and not args.calibration:
+        raise RequestError("--statistics-out saves what --calibration collects; give --calibration TEXT too")
+    used = is_saved or any(method.needs_text or (method.needs_statistics and not statistics) for method in methods)
+    if args.calibration and not used:
+        raise RequestError(
+            "nothing looks at --calibration; give a criterion that does (hybrid, activation, wanda, taylor), "
+            "--compensate or --statistics-out, or leave it out"
+        )
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, documents: Sequence[str | Messages], args: argparse.Namespace
+) -> NDArray[np.int32]:
+    """The calibration text as windows of token ids `[N, W]`, at most `--calibration-tokens` in all.
+
+    Raises:
+      RequestError: too little text, or conversations for a model without a chat template.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    encoded = encode_documents(tokenizer, documents, most_tokens=args.calibration_tokens)
+    windows = pack(encoded, args.calibration_window, separator(checkpoint, tokenizer))
+    return windows[: args.calibration_tokens // args.calibration_window]

@@ -1,0 +1,327 @@
+"""Pruning with calibration text: the options of `python -m gluprune_jax.prune`, what they give and what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_evals_command import VOCABULARY, write_tokenizer
+from tiny_models import hf_config, hf_tensors, write_folder
+
+import convert
+from convert.checkpoint import model_arrays
+from convert.tokenizer import encode_documents, load_tokenizer, separator
+from gluprune_jax import PruningPlan, documents
+from gluprune_jax.calibration import Statistics, collect
+from gluprune_jax.compensation import compensate, with_down_projections
+from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.importance import score
+from gluprune_jax.methods import Method
+from gluprune_jax.packing import pack
+from gluprune_jax.plan import make_plan
+from gluprune_jax.prune import main
+
+Capture = pytest.CaptureFixture[str]
+CONFIG = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, intermediate_size=83, max_position_embeddings=64)
+TEXT = "".join(f"The square of {i} is {i * i}. " for i in range(60))
+DATA_DRIVEN = ("hybrid", "activation", "wanda", "taylor")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and a folder of texts."""
+    folder = tmp_path_factory.mktemp("methods")
+    write_tokenizer(write_folder(folder / "model", CONFIG, hf_tensors(CONFIG)))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "texts" / "deep").mkdir(parents=True)
+    (folder / "texts" / "a.md").write_text("One text.\n" * 20)
+    (folder / "texts" / "deep" / "b.jsonl").write_text('{"text": "Another text."}\n{"page": "And a page."}\n')
+    (folder / "texts" / "notes.pdf").write_bytes(b"\xff\xfe is not looked at")
+    return folder
+
+
+@pytest.fixture
+def argv(folder: Path, tmp_path: Path) -> list[object]:
+    calibration = ("--calibration", folder / "text.txt", "--calibration-tokens", 640, "--calibration-window", 32)
+    return ["--model", folder / "model", *calibration, "--output", tmp_path / "out"]
+
+
+def run(capsys: Capture, *argv: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    try:
+        status = main([str(arg) for arg in argv])
+    except SystemExit as stop:  # argparse leaves this way
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def report(capsys: Capture, *argv: object) -> dict[str, Any]:
+    status, out, err = run(capsys, *argv, "--json")
+    assert status == 0, err
+    document: dict[str, Any] = json.loads(out)
+    return document
+
+
+def arrays(checkpoint: convert.Checkpoint) -> dict[str, np.ndarray]:
+    return {name.hf: np.asarray(array) for name, array in model_arrays(checkpoint.model)}
+
+
+def windows_of(folder: Path, text: str = TEXT) -> tuple[convert.Checkpoint, np.ndarray]:
+    checkpoint = convert.load(folder / "model")
+    tokenizer = load_tokenizer(checkpoint)
+    windows = pack(encode_documents(tokenizer, [text]), 32, separator(checkpoint, tokenizer))
+    return checkpoint, windows[: 640 // 32]
+
+
+# --------------------------------------------------------------------------------------------------- what it does
+
+
+@pytest.mark.parametrize("criterion", DATA_DRIVEN)
+def test_data_driven_criteria_go_from_text_to_files(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture, criterion: str
+) -> None:
+    done = report(capsys, *argv, "--prune-percent", 40, "--criterion", criterion)
+    checkpoint, windows = windows_of(folder)
+    statistics = collect(checkpoint.model, windows, sensitivity=criterion == "taylor")
+    expected = make_plan(score(checkpoint.model, criterion, statistics=statistics), prune_percent=40)
+    plan = PruningPlan.load(tmp_path / "out" / "gluprune_plan.json")
+    assert [kept.tolist() for kept in plan.kept] == [kept.tolist() for kept in expected.kept]
+    calibration = done["plan"]["calibration"]
+    assert calibration == {**statistics.texts, "texts": [str(folder / "text.txt")]}
+    assert (calibration["tokens"], calibration["window"]) == (640, 32)
+    written, wanted = arrays(convert.load(tmp_path / "out")), arrays(checkpoint.pruned(expected))
+    assert all(written[name].tobytes() == wanted[name].tobytes() for name in wanted)
+
+
+def test_statistics_are_collected_once_and_used_again(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    saved = tmp_path / "statistics.npz"
+    first = report(capsys, *argv, "--prune-percent", 40, "--criterion", "taylor", "--statistics-out", saved)
+    again = ["--model", folder / "model", "--statistics", saved]
+    second = report(capsys, *again, "--prune-percent", 40, "--criterion", "taylor", "--output", tmp_path / "again")
+    assert second["plan"] == first["plan"]
+    plans = [(tmp_path / name / "gluprune_plan.json").read_text() for name in ("out", "again")]
+    assert plans[0] == plans[1]
+    for criterion in DATA_DRIVEN:  # from file to file, for the model need not run
+        report(capsys, *again, "--width", 20, "--criterion", criterion, "--stream", "--dry-run")
+    assert Statistics.load(saved).texts["tokens"] == 640
+
+
+@pytest.mark.parametrize("criterion", ["ppm", "hybrid", "random"])
+def test_least_squares_is_that_of_the_library(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture, criterion: str
+) -> None:
+    done = report(capsys, *argv, "--prune-percent", 40, "--criterion", criterion, "--compensate", "least-squares")
+    checkpoint, windows = windows_of(folder)
+    plan = PruningPlan.load(tmp_path / "out" / "gluprune_plan.json")
+    (found,) = compensate(checkpoint.model, windows, [plan])
+    repaired = with_down_projections(checkpoint.model, found.down_projs)
+    wanted = arrays(convert.Checkpoint(repaired, "x", checkpoint.hf_config).pruned(plan))
+    written = convert.load(tmp_path / "out")
+    for name, array in arrays(written).items():  # on eight devices, sums have another order
+        np.testing.assert_allclose(array, wanted[name], rtol=2e-3, atol=2e-4)
+    assert done["compensation"]["output_error"] == pytest.approx(found.summary()["output_error"], rel=1e-3)
+    assert written.history[-1]["compensation"] == done["compensation"]
+    assert "least-squares" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_plan_is_replayed_with_compensation(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    least_squares = ("--compensate", "least-squares")
+    report(capsys, *argv, "--prune-percent", 40, *least_squares)
+    plan = tmp_path / "out" / "gluprune_plan.json"
+    report(capsys, *argv[:-1], tmp_path / "again", "--plan", plan, *least_squares)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("allocation", ["global", "measured"])
+@pytest.mark.parametrize("extra", [(), ("--compensate", "least-squares"), ("--in-order",)], ids=str)
+def test_one_budget_over_all_layers(
+    argv: list[object], tmp_path: Path, capsys: Capture, allocation: str, extra: tuple[str, ...]
+) -> None:
+    options = ("--criterion", "hybrid", "--allocation", allocation, "--floor", 0.3, *extra)
+    done = report(capsys, *argv, "--prune-percent", 40, *options)
+    widths = done["after"]["intermediate_sizes"]
+    uniform = 83 - int(0.4 * 83)
+    assert 3 * uniform - 3 <= sum(widths) <= 3 * uniform
+    assert min(widths) >= 0.3 * 83
+    assert done["plan"]["request"]["allocation"]["method"] == allocation
+    assert list(convert.load(tmp_path / "out").config.intermediate_sizes) == widths
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == max(widths)
+    costs = done["plan"]["request"]["allocation"].get("costs")
+    assert (costs is None) == (allocation == "global")
+
+
+def test_layers_that_are_not_named_stay_whole_and_out_of_the_budget(
+    argv: list[object], capsys: Capture, tmp_path: Path
+) -> None:
+    options = ("--criterion", "wanda", "--allocation", "global", "--layers", "0,2", "--multiple-of", 4)
+    widths = report(capsys, *argv, "--prune-percent", 40, *options)["after"]["intermediate_sizes"]
+    assert widths[1] == 83
+    assert widths[0] + widths[2] <= 2 * (83 - 33)
+    assert all(width % 4 == 0 for width in (widths[0], widths[2]))
+
+
+def test_in_order_is_recorded(argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    options = ("--criterion", "hybrid", "--compensate", "least-squares", "--in-order")
+    done = report(capsys, *argv, "--prune-percent", 40, *options)
+    assert done["compensation"]["in_order"] is True
+    assert done["plan"]["request"]["in_order"] is True
+    errors = zip(done["compensation"]["output_error"], done["compensation"]["output_error_without"], strict=True)
+    assert all(0 <= after <= before for after, before in errors)
+
+
+def test_the_seed_of_random_neurons(argv: list[object], capsys: Capture, folder: Path) -> None:
+    model = ("--model", folder / "model", "--width", 30, "--criterion", "random", "--dry-run")
+    plans = [report(capsys, *model, "--seed", seed)["plan"] for seed in (0, 0, 1)]
+    assert plans[0] == plans[1]
+    assert "calibration" not in plans[0]
+
+
+def test_folders_and_json_lines_are_texts(folder: Path, argv: list[object], capsys: Capture) -> None:
+    options = ("--calibration-tokens", 128, "--calibration-window", 32, "--criterion", "wanda", "--dry-run")
+    done = report(
+        capsys, "--model", folder / "model", "--calibration", folder / "texts", *options, "--prune-percent", 40
+    )
+    checkpoint = convert.load(folder / "model")
+    tokenizer = load_tokenizer(checkpoint)
+    texts = ["One text.\n" * 20, "Another text.", "And a page."]
+    windows = pack(encode_documents(tokenizer, texts), 32, separator(checkpoint, tokenizer))[:4]
+    assert done["plan"]["calibration"]["digest"] == collect(checkpoint.model, windows).texts["digest"]
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.append((*names, options))
+        return [{"text": "one"}, {"messages": [{"role": "user", "content": "two"}]}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = documents.read_documents("hub:someone/corpus/small@validation", "--calibration")
+    assert found == ["one", [{"role": "user", "content": "two"}]]
+    assert asked == [("someone/corpus", "small", {"split": "validation", "streaming": True})]
+    documents.read_documents("hub:someone/corpus", "--calibration")
+    assert asked[1] == ("someone/corpus", None, {"split": "train", "streaming": True})
+    with pytest.raises(RequestError, match="is no hub data set; write hub:OWNER/NAME"):
+        documents.read_documents("hub:corpus", "--calibration")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(OperationError, match=r"the data set hub:a/b cannot be read: no route$"):
+        documents.read_documents("hub:a/b", "--calibration")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"sentence": "x"}])
+    with pytest.raises(RequestError, match=r'hub:a/b, row 0, is .* it must hold "text", a string, or "messages"'):
+        documents.read_documents("hub:a/b", "--calibration")
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("ppm", Method("ppm")),
+        ("hybrid+least-squares", Method("hybrid", is_compensated=True)),
+        ("hybrid+ls", Method("hybrid", is_compensated=True)),
+        ("wanda+global+ls+in-order", Method("wanda", "global", is_compensated=True, in_order=True)),
+        ("taylor+measured", Method("taylor", "measured")),
+    ],
+)
+def test_methods_in_one_word(text: str, method: Method) -> None:
+    assert Method.parse(text) == method
+    assert Method.parse(str(method)) == method
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("best", "unknown criterion 'best'"),
+        ("ppm+more", "method 'ppm\\+more' has 'more'; behind the criterion may come global, measured, least-squares"),
+        ("ppm+global+measured", "two allocations"),
+    ],
+)
+def test_words_that_are_no_method(text: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Method.parse(text)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    weights = ["--model", folder / "model", "--output", tmp_path / "out", "--width", 20]
+    text = [*argv, "--width", 20]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "empty.txt").write_text("")
+    (data / "short.txt").write_text("abc")
+    (data / "bad.jsonl").write_text('{"sentence": "x"}\n')
+    (data / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    small = ("--calibration-window", 32, "--criterion", "wanda")
+    cases: list[tuple[list[object], str]] = [
+        ([*weights, "--criterion", "best"], "unknown criterion 'best'; known are ppm, vow, pon, l2, random, hybrid"),
+        ([*weights, "--criterion", "hybrid"], "--criterion hybrid looks at activations; give --calibration TEXT or"),
+        ([*weights, "--compensate", "least-squares"], "--compensate least-squares runs the model on calibration text"),
+        ([*weights, "--allocation", "measured"], "--allocation measured runs the model on calibration text"),
+        ([*weights, "--in-order"], "--in-order changes nothing for --criterion ppm"),
+        ([*weights, "--floor", "1"], "--floor is 1; it must be a share from 0 and below 1"),
+        ([*weights, "--statistics-out", "x.npz"], "--statistics-out saves what --calibration collects"),
+        ([*weights, "--statistics", data / "none.npz"], "cannot read the statistics"),
+        (text, "nothing looks at --calibration"),
+        ([*text, "--criterion", "hybrid", "--calibration-tokens", "1"], "--calibration-tokens is 1; it must be at lea"),
+        ([*text, "--criterion", "hybrid", "--calibration-tokens", "20"], "less than the 32 of one window"),
+        ([*text, "--criterion", "hybrid", "--stream"], "--stream leaves the model in its files, where --calibration"),
+        ([*text, "--criterion", "hybrid", "--calibration-window", "65"], "windows of 65 tokens; the window of the mod"),
+        ([*weights, *small, "--calibration", data / "empty.txt"], "--calibration"),
+        ([*weights, *small, "--calibration", data / "short.txt"], "the text has 3 tokens, fewer than the 32 of one"),
+        ([*weights, *small, "--calibration", data / "none.txt"], "cannot read the text"),
+        ([*weights, *small, "--calibration", data / "bad.jsonl"], "bad.jsonl, line 1, is {'sentence': 'x'}; it must"),
+        ([*weights, "--evaluate", data / "chat.jsonl"], "holds conversations; give plain text"),
+        (
+            [*text, "--criterion", "hybrid", "--allocation", "global", "--floor", "0.9"],
+            "--floor 0.9 keeps at least 225 neurons, and the target leaves 60",
+        ),
+    ]
+    for options, message in cases:
+        status, out, err = run(capsys, *options)
+        assert (status, out) == (2, ""), (options, err)
+        assert message in err, (options, err)
+        assert [line[:15] for line in err.splitlines() if not line.startswith("note")] == ["gluprune: error"], err
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_another_model(folder: Path, argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    saved = tmp_path / "statistics.npz"
+    report(capsys, *argv, "--width", 30, "--criterion", "hybrid", "--statistics-out", saved, "--dry-run")
+    assert not saved.exists()  # a dry run writes nothing
+    report(capsys, *argv, "--width", 30, "--criterion", "hybrid", "--statistics-out", saved)
+    other = write_folder(tmp_path / "other", CONFIG, hf_tensors(CONFIG, seed=5))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "model" / name, other)
+    options = ("--width", 30, "--criterion", "hybrid", "--statistics", saved, "--dry-run")
+    status, _, err = run(capsys, "--model", other, *options)
+    assert (status, err.count("error")) == (2, 1)
+    assert "the statistics are of other weights" in err
+    saved.write_bytes(saved.read_bytes()[:200])
+    status, _, err = run(capsys, "--model", folder / "model", *options)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "holds no statistics of --statistics-out, or is damaged" in err
+
+
+def test_a_token_that_the_model_does_not_know(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    config = {**CONFIG, "vocab_size": 40, "eos_token_id": 2}
+    model = write_folder(tmp_path / "small", config, hf_tensors(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "model" / name, model)
+    options = ("--calibration", folder / "text.txt", "--calibration-window", 32, "--criterion", "hybrid", "--dry-run")
+    status, _, err = run(capsys, "--model", model, "--width", 20, *options)
+    assert (status, err.count("error")) == (2, 1)
+    assert "lies outside the model's vocabulary of 40" in err
