@@ -179,7 +179,8 @@ def _check_request(args: argparse.Namespace) -> int | float | None:
     return limit if limit < 1 else int(limit)
 
 
-def _data_dir(name: str | None) -> Path | None:
+def data_folder(name: str | None) -> Path | None:
+    """The folder that `--data-dir` names; "demo" is fetched where it is not there."""
     if name == "demo":
         from evals.demo_data import demo_data_path
 
@@ -193,7 +194,7 @@ def _run(args: argparse.Namespace, limit: int | float | None, plan: PruningPlan 
 
     with failing_together():
         benchmarks, manager = _benchmarks(args)
-        data_dir = _data_dir(args.data_dir)
+        data_dir = data_folder(args.data_dir)
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(benchmarks, manager, data_dir=data_dir, note=_note, on_loaded=progress)
     _use_compilation_cache()

@@ -25,6 +25,8 @@ from gluprune_jax.packing import pack
 from gluprune_jax.plan import PruningPlan, chosen_layers, make_plan, target_width
 
 COMPENSATIONS = ("none", "least-squares")
+# Calibration windows are taken out of up to so many times as much text.
+_SPREAD = 64
 _SHORT = {"ls": "least-squares"}
 
 
@@ -310,11 +312,19 @@ def method_of(args: argparse.Namespace) -> Method:
             f"add --compensate least-squares or leave it out"
         )
     check_calibration_request(args, [method])
+    if args.statistics_out and not args.calibration:
+        raise RequestError("--statistics-out saves what --calibration collects; give --calibration TEXT too")
+    needs_text = method.needs_text or (method.needs_statistics and not args.statistics)
+    if args.calibration and not (needs_text or args.statistics_out):
+        raise RequestError(
+            "nothing looks at --calibration; give a criterion that does (hybrid, activation, wanda, taylor), "
+            "--compensate or --statistics-out, or leave it out"
+        )
     return method
 
 
 def check_calibration_request(args: argparse.Namespace, methods: Sequence[Method]) -> None:
-    """Refuses methods that lack what they look at, and text that nothing looks at.
+    """Refuses methods that lack what they look at.
 
     Raises:
       RequestError: as said.
@@ -337,26 +347,26 @@ def check_calibration_request(args: argparse.Namespace, methods: Sequence[Method
             raise RequestError(
                 f"--criterion {method.criterion} looks at activations; give --calibration TEXT or --statistics FILE"
             )
-    is_saved = getattr(args, "statistics_out", None) is not None
-    if is_saved and not args.calibration:
-        raise RequestError("--statistics-out saves what --calibration collects; give --calibration TEXT too")
-    used = is_saved or any(method.needs_text or (method.needs_statistics and not statistics) for method in methods)
-    if args.calibration and not used:
-        raise RequestError(
-            "nothing looks at --calibration; give a criterion that does (hybrid, activation, wanda, taylor), "
-            "--compensate or --statistics-out, or leave it out"
-        )
 
 
 def calibration_windows(
     checkpoint: Checkpoint, documents: Sequence[str | Messages], args: argparse.Namespace
 ) -> NDArray[np.int32]:
-    """The calibration text as windows of token ids `[N, W]`, at most `--calibration-tokens` in all.
+    """The calibration text as windows of token ids `[N, W]`, of `--calibration-tokens` in all, or fewer.
+
+    They are spread evenly over the text, or over its first part, so that they are of many kinds and not of the few
+    documents that it begins with.
 
     Raises:
       RequestError: too little text, or conversations for a model without a chat template.
     """
     tokenizer = load_tokenizer(checkpoint)
-    encoded = encode_documents(tokenizer, documents, most_tokens=args.calibration_tokens)
+    encoded = encode_documents(tokenizer, documents, most_tokens=_SPREAD * args.calibration_tokens)
     windows = pack(encoded, args.calibration_window, separator(checkpoint, tokenizer))
-    return windows[: args.calibration_tokens // args.calibration_window]
+    wanted = args.calibration_tokens // args.calibration_window
+    return windows[spread(len(windows), wanted)]
+
+
+def spread(count: int, wanted: int) -> NDArray[np.int64]:
+    """`wanted` indices below `count`, evenly spread and ascending; all where there are no more."""
+    return np.arange(count) if count <= wanted else np.arange(wanted) * count // wanted

@@ -18,7 +18,7 @@ from gluprune_jax.calibration import Statistics, collect
 from gluprune_jax.compensation import compensate, with_down_projections
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import score
-from gluprune_jax.methods import Method
+from gluprune_jax.methods import Method, spread
 from gluprune_jax.packing import pack
 from gluprune_jax.plan import make_plan
 from gluprune_jax.prune import main
@@ -73,7 +73,7 @@ def windows_of(folder: Path, text: str = TEXT) -> tuple[convert.Checkpoint, np.n
     checkpoint = convert.load(folder / "model")
     tokenizer = load_tokenizer(checkpoint)
     windows = pack(encode_documents(tokenizer, [text]), 32, separator(checkpoint, tokenizer))
-    return checkpoint, windows[: 640 // 32]
+    return checkpoint, windows[spread(len(windows), 640 // 32)]
 
 
 # --------------------------------------------------------------------------------------------------- what it does
@@ -193,7 +193,8 @@ def test_folders_and_json_lines_are_texts(folder: Path, argv: list[object], caps
     checkpoint = convert.load(folder / "model")
     tokenizer = load_tokenizer(checkpoint)
     texts = ["One text.\n" * 20, "Another text.", "And a page."]
-    windows = pack(encode_documents(tokenizer, texts), 32, separator(checkpoint, tokenizer))[:4]
+    windows = pack(encode_documents(tokenizer, texts), 32, separator(checkpoint, tokenizer))
+    windows = windows[spread(len(windows), 4)]
     assert done["plan"]["calibration"]["digest"] == collect(checkpoint.model, windows).texts["digest"]
 
 

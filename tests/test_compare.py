@@ -1,0 +1,206 @@
+"""`python -m gluprune_jax.compare`: the numbers are those of the models it says, and survive being killed."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_evals_command import VOCABULARY, write_tokenizer
+from test_methods import TEXT, windows_of
+from tiny_models import hf_config, hf_tensors, write_folder
+
+import convert
+from convert.tokenizer import encode_text, load_tokenizer
+from evals.perplexity import perplexity
+from gluprune_jax import compare, methods
+from gluprune_jax.compare import main
+from gluprune_jax.methods import Chooser, Method
+
+Capture = pytest.CaptureFixture[str]
+CONFIG = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, intermediate_size=83, max_position_embeddings=64)
+METHODS = ("ppm", "random", "hybrid+least-squares", "wanda+global", "hybrid+least-squares+in-order")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    write_tokenizer(write_folder(folder / "model", CONFIG, hf_tensors(CONFIG)))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "held-out.txt").write_text("".join(f"The cube of {i} is {i**3}. " for i in range(20)))
+    return folder
+
+
+@pytest.fixture
+def argv(folder: Path) -> list[object]:
+    calibration = ("--calibration", folder / "text.txt", "--calibration-tokens", 640, "--calibration-window", 32)
+    measure = ("--evaluate", folder / "held-out.txt", "--evaluate-tokens", 256, "--window", 32)
+    targets = ("--prune-percent", 20, 40)
+    return ["--model", folder / "model", "--mesh", "data=1", *calibration, *measure, *targets, "--seeds", 3]
+
+
+def run(capsys: Capture, *argv: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    try:
+        status = main([str(arg) for arg in argv])
+    except SystemExit as stop:  # argparse leaves this way
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def report(capsys: Capture, *argv: object) -> dict[str, Any]:
+    status, out, err = run(capsys, *argv, "--json")
+    assert status == 0, err
+    document: dict[str, Any] = json.loads(out)
+    return document
+
+
+# --------------------------------------------------------------------------------------------------- what it does
+
+
+def test_the_numbers_are_those_of_the_pruned_models(folder: Path, argv: list[object], capsys: Capture) -> None:
+    """Each against the perplexity of the sliced model."""
+    found = report(capsys, *argv, "--methods", *METHODS)
+    checkpoint, windows = windows_of(folder)
+    checkpoint = convert.load(folder / "model")
+    tokens = encode_text(load_tokenizer(checkpoint), (folder / "held-out.txt").read_text())[:256]
+    chooser = Chooser(checkpoint.model, checkpoint.mlp_weights, windows=windows)
+    name = str(folder / "held-out.txt")
+    dense, *rows = found["rows"]
+    assert dense["perplexity"][name] == pytest.approx(perplexity(checkpoint.model, tokens, window=32).value, rel=1e-4)
+    assert len(rows) == 2 * (len(METHODS) + 2)
+    for row in rows:
+        method = Method.parse(row["method"], seed=row["seed"] or 0)
+        percent = float(row["target"].removesuffix(" %"))
+        (pruned,) = chooser.choose(method, [{"prune_percent": percent}])
+        assert row["widths"] == list(pruned.plan.widths)
+        sliced = convert.Checkpoint(pruned.apply(checkpoint.model), "", {}).pruned(pruned.plan).model
+        expected = perplexity(sliced, tokens, window=32).value
+        assert row["perplexity"][name] == pytest.approx(expected, rel=1e-3), row
+        assert row["expansion_ratio"] == pytest.approx(sum(row["widths"]) / 3 / 48)
+    assert {row["seed"] for row in rows if row["method"] == "random"} == {0, 1, 2}
+
+
+def test_tables_files_and_plot(folder: Path, argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    status, text, err = run(capsys, *argv, "--methods", "ppm", "random", "--output", out)
+    assert status == 0, err
+    assert "random (median of 3)" in text
+    assert f"token perplexity of {folder / 'held-out.txt'}" in text.replace("\n", "")
+    document = json.loads((out / "comparison.json").read_text())
+    name = str(folder / "held-out.txt")
+    values = [
+        row["perplexity"][name] for row in document["rows"] if (row["method"], row["target"]) == ("random", "20 %")
+    ]
+    assert f"{np.median(values):,.2f}" in text
+    rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
+    assert len(rows) == len(document["rows"]) == 9
+    assert float(rows[1][f"token perplexity of {name}"]) == document["rows"][1]["perplexity"][name]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "random (median of 3)" in (out / "comparison.svg").read_text()
+
+
+def test_neurons_are_scored_once_and_programs_compiled_once(
+    argv: list[object], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, original = [], methods.score
+    monkeypatch.setattr(methods, "score", lambda *args, **options: scored.append(args[1]) or original(*args, **options))
+    collected, collect = [], methods.collect
+    monkeypatch.setattr(methods, "collect", lambda *args, **rest: collected.append(1) or collect(*args, **rest))
+    refitted, compensate = [], methods.compensate
+    monkeypatch.setattr(
+        methods, "compensate", lambda *args, **rest: refitted.append(len(args[2])) or compensate(*args, **rest)
+    )
+    report(capsys, *argv, "--methods", "ppm", "hybrid", "hybrid+least-squares", "hybrid+global", "wanda")
+    assert scored == ["ppm", "hybrid", "wanda"]
+    assert collected == [1]
+    assert refitted == [2]  # both sizes in one pass
+
+
+def test_benchmarks(folder: Path, argv: list[object], capsys: Capture, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "data"
+    (data / "piqa").mkdir(parents=True)
+    items = [{"goal": f"To count to {i},", "sol1": "count.", "sol2": "wait.", "label": i % 2} for i in range(6)]
+    for split in ("train", "validation"):
+        (data / "piqa" / f"{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    options = ("--tasks", "piqa", "--limit", 5, "--data-dir", data, "--methods", "ppm")
+    found = report(capsys, *argv, *options)
+    assert [row["benchmarks"]["PIQA"]["items"] for row in found["rows"]] == [5, 5, 5]
+    assert all(0 <= row["benchmarks"]["PIQA"]["value"] <= 1 for row in found["rows"])
+    _, text, _ = run(capsys, *argv, *options)
+    assert "PIQA, acc_norm" in text
+
+
+def test_what_is_known_is_not_computed_again(
+    argv: list[object], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first = report(capsys, *argv, "--methods", "ppm", "--output", out)
+    more = report(capsys, *argv, "--methods", "ppm", "hybrid", "--output", out)
+    assert more["rows"][:3] == first["rows"]
+    assert [row["method"] for row in more["rows"][3:]] == ["hybrid", "hybrid"]
+
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError("everything is known")
+
+    monkeypatch.setattr(compare, "perplexity", unexpected)
+    assert report(capsys, *argv, "--methods", "ppm", "hybrid", "--output", out) == more
+
+
+def test_a_killed_comparison_goes_on(folder: Path, argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    expected = report(capsys, *argv, "--methods", "ppm", "hybrid+least-squares")
+    out = tmp_path / "out"
+    code = (
+        "import os, sys\n"
+        "from gluprune_jax import compare\n"
+        "add, count = compare.Results.add, [0]\n"
+        "def killing(self, row):\n"
+        "    add(self, row)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 3: os.kill(os.getpid(), 9)\n"
+        "compare.Results.add = killing\n"
+        "compare.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, argv), "--methods", "ppm", "hybrid+least-squares"]
+    assert subprocess.run([*command, "--output", str(out)], capture_output=True, check=False).returncode == -9
+    assert len(json.loads((out / "comparison.json").read_text())["rows"]) == 3
+    assert report(capsys, *argv, "--methods", "ppm", "hybrid+least-squares", "--output", out) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    plain = ["--model", folder / "model", "--prune-percent", 20, "--evaluate", folder / "held-out.txt"]
+    cases: list[tuple[list[object], str]] = [
+        ([*plain, "--methods", "best"], "unknown criterion 'best'"),
+        ([*plain, "--methods", "ppm+more"], "method 'ppm+more' has 'more'"),
+        ([*plain, "--methods", "ppm", "ppm"], "--methods has ppm twice"),
+        ([*plain, "--methods", "hybrid"], "--criterion hybrid looks at activations; give --calibration TEXT"),
+        ([*plain, "--methods", "ppm+ls"], "--compensate least-squares runs the model on calibration text"),
+        ([*plain, "--methods", "ppm", "--seeds", 0], "--seeds is 0; it must be at least 1"),
+        ([*plain, "--methods", "ppm", "--limit", 5], "--limit and --data-dir are of benchmarks"),
+        ([*plain[:-2], "--methods", "ppm"], "nothing to measure: give --evaluate TEXT or --tasks LIST"),
+        ([*plain[:2], "--prune-percent", 100, *plain[4:], "--methods", "ppm"], "--prune-percent is 100"),
+    ]
+    for options, message in cases:
+        status, out, err = run(capsys, *options)
+        assert (status, out) == (2, ""), (options, err)
+        assert message in err, (options, err)
+    plain += ["--window", 64]
+    out_folder = tmp_path / "out"
+    report(capsys, *plain, "--methods", "ppm", "--output", out_folder)
+    status, _, err = run(capsys, *plain, "--methods", "ppm", "--multiple-of", 4, "--output", out_folder)
+    assert status == 2
+    assert "is of another comparison: its multiple_of differs" in err
+    changed = report(capsys, *plain, "--methods", "ppm", "--multiple-of", 4, "--output", out_folder, "--overwrite")
+    assert changed["multiple_of"] == 4
+    (out_folder / "comparison.json").write_text("{")
+    status, _, err = run(capsys, *plain, "--methods", "ppm", "--output", out_folder)
+    assert status == 1
+    assert "comparison.json cannot be read" in err
