@@ -634,9 +634,7 @@ def test_a_plan_must_say_the_same_of_a_dropped_layer_everywhere() -> None:
 
 
 def test_a_plan_that_drops_layers_has_no_mask() -> None:
-    with pytest.raises(
-        RequestError, match="the plan drops layer 1, which a mask over neurons cannot do; prune"
-    ):
+    with pytest.raises(RequestError, match="the plan drops layer 1, which a mask over neurons cannot do; prune"):
         DROPPED.masks(CONFIG)
 
 
