@@ -92,8 +92,10 @@ class StreamedCheckpoint(Checkpoint):
     `model` holds shapes and dtypes in place of arrays; `load` gives one that runs.
 
     Attributes:
-      stored: where each tensor lies, by Hugging Face name.
-      stored_config: the architecture of what is in the files; `config` is that of the pruned model.
+      stored: where each tensor lies, by Hugging Face name in this model: in the file a tensor has the number of its
+        layer before others were dropped.
+      stored_config: the architecture of what is in the files, as far as a plan has left its layers; `config` is that of
+        the pruned model.
       kept: for each layer the neurons that a plan keeps, if one was applied.
       dtype: what every tensor is cast to as it is read; None keeps each tensor's own.
     """
@@ -113,14 +115,17 @@ class StreamedCheckpoint(Checkpoint):
         stored = self.stored[name.hf]
         values = self._without_padding(name, read_tensor(stored))
         if self.dtype is not None and self.dtype != values.dtype:
-            values = cast(values, self.dtype, f"{stored.file}: tensor {name.hf}")
+            values = cast(values, self.dtype, f"{stored.file}: tensor {stored.name}")
         if name.neuron_axis is None:
             values = values.reshape(super().array(name).shape)
         # device_put takes an aligned buffer over; asarray would copy it.
         array: jax.Array = jax.device_put(values)
         if name.neuron_axis is None or self.kept is None:
             return array
-        sliced: jax.Array = slice_neurons(name.neuron_axis, 0, array, self.kept[int(name.path[1])])
+        kept = self.kept[int(name.path[1])]
+        if len(kept) == array.shape[name.neuron_axis]:
+            return array
+        sliced: jax.Array = slice_neurons(name.neuron_axis, 0, array, kept)
         return sliced
 
     def mlp_weights(self) -> Iterator[MLPWeights]:
@@ -133,12 +138,21 @@ class StreamedCheckpoint(Checkpoint):
             yield MLPWeights(gate, up, down)
 
     def pruned(self, plan: PruningPlan, *, donate: bool = False) -> "StreamedCheckpoint":
-        """The checkpoint of which only the kept neurons will be read. There is nothing to donate."""
-        plan.check_fits(self.config)
-        kept = plan.kept if self.kept is None else tuple(o[n] for o, n in zip(self.kept, plan.kept, strict=True))
-        config = dataclasses.replace(self.config, intermediate_sizes=plan.widths)
-        model = abstract_weights(config, self._dtypes())
-        return dataclasses.replace(self, model=model, kept=kept, history=(*self.history, self.record(plan)))
+        """The checkpoint of which only the kept layers and neurons will be read. There is nothing to donate."""
+        config, layers = plan.pruned_config(self.config), plan.remaining_layers
+        before = {name.path: name.hf for name in tensor_names(self.config)}
+        stored = {name.hf: self.stored[before[_path_before(name, layers)]] for name in tensor_names(config)}
+        remaining = dataclasses.replace(
+            self.stored_config, intermediate_sizes=tuple(self.stored_config.intermediate_sizes[i] for i in layers)
+        )
+        return dataclasses.replace(
+            self,
+            model=abstract_weights(config, {hf: self.dtype or tensor.dtype for hf, tensor in stored.items()}),
+            stored=stored,
+            stored_config=remaining,
+            kept=tuple(plan.kept[i] if self.kept is None else self.kept[i][plan.kept[i]] for i in layers),
+            history=(*self.history, self.record(plan)),
+        )
 
     def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> Checkpoint:
         """Reads everything into a model that runs.
@@ -184,9 +198,6 @@ class StreamedCheckpoint(Checkpoint):
 
         return read
 
-    def _dtypes(self) -> dict[str, np.dtype[Any]]:
-        return {hf: self.dtype or tensor.dtype for hf, tensor in self.stored.items()}
-
     def _without_padding(self, name: TensorName, values: NDArray[Any]) -> NDArray[Any]:
         """Removes the padding of a layer that is narrower than the widest, which must be zero."""
         if name.neuron_axis is None:
@@ -196,8 +207,15 @@ class StreamedCheckpoint(Checkpoint):
             return values
         real, padding = np.split(values, [width], axis=name.neuron_axis)
         if np.any(padding):
-            raise shards.beyond_the_neurons(self.stored[name.hf], name.hf, width)
+            raise shards.beyond_the_neurons(self.stored[name.hf], width)
         return np.ascontiguousarray(real)
+
+
+def _path_before(name: TensorName, layers: Sequence[int]) -> tuple[str | int, ...]:
+    """Where a tensor stood before all but `layers` were dropped."""
+    if name.path[0] != "layers":
+        return name.path
+    return ("layers", layers[int(name.path[1])], *name.path[2:])
 
 
 def open_huggingface(folder: Path, source: str, dtype: np.dtype[Any] | None = None) -> StreamedCheckpoint:

@@ -8,6 +8,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.hub import looks_like_hub_id
 from gluprune_jax.model import ModelConfig
+from gluprune_jax.plan import ranks_neurons, spell_layers
 
 
 def model_card(checkpoint: Checkpoint, dense: ModelConfig, evaluation: Mapping[str, Any] | None, command: str) -> str:
@@ -23,29 +24,32 @@ def model_card(checkpoint: Checkpoint, dense: ModelConfig, evaluation: Mapping[s
     header = ["---", "library_name: transformers", "tags: [gluprune, pruned, llama]"]
     if looks_like_hub_id(checkpoint.source) and not Path(checkpoint.source).exists():
         header.append(f"base_model: {checkpoint.source}")
-    request = {key: value for key, value in record["request"].items() if key not in ("multiple_of", "layers")}
+    dropped, ranked = record.get("dropped_layers", []), ranks_neurons(record)
     rows = [
+        *([("layers", str(dense.num_hidden_layers), str(config.num_hidden_layers))] * bool(dropped)),
         ("intermediate size", _span(dense.intermediate_sizes), _span(config.intermediate_sizes)),
         ("expansion ratio", f"{dense.expansion_ratio:.4g}", f"{config.expansion_ratio:.4g}"),
         ("parameters", f"{dense.num_parameters:,}", f"{config.num_parameters:,}"),
     ]
+    reached = [f"{config.num_hidden_layers} layers"] * bool(dropped)
+    reached += [f"expansion ratio {config.expansion_ratio:.4g}"] * ranked
+    methods = ["width pruning of the GLU-MLP layers (arXiv 2512.22671)"] * ranked
+    methods += ["depth pruning (decoder layers removed whole)"] * bool(dropped)
     lines = [
         *header,
         "---",
         "",
-        f"# {checkpoint.source}, pruned to expansion ratio {config.expansion_ratio:.4g}",
+        f"# {checkpoint.source}, pruned to {' and '.join(reached)}",
         "",
-        "Structured width pruning of the GLU-MLP layers (arXiv 2512.22671) with gluprune_jax.",
+        f"Structured {' and '.join(methods)} with gluprune_jax.",
         "",
         "| | before | after |",
         "|---|---|---|",
         *(f"| {name} | {before} | {after} |" for name, before, after in rows),
         "",
         f"- Base model: {checkpoint.source}",
-        f"- Criterion: `{record['criterion']}` on {record['source']['weights_dtype']} weights, scores in float32; "
-        f"{record['tie_rule']}",
-        f"- Target: {', '.join(f'{key} {value}' for key, value in request.items())}, "
-        f"multiple of {record['request']['multiple_of']}, layers {json.dumps(record['request']['layers'])}",
+        *(_choice_of_neurons(record) if ranked else []),
+        *([f"- Dropped: {spell_layers(dropped)} of the base model; the others were renumbered"] * bool(dropped)),
         f"- Fingerprint of the dense MLP weights: `{record['source']['fingerprint']}`",
         f"- Parameters removed: {1 - config.num_parameters / dense.num_parameters:.1%}",
     ]
@@ -59,6 +63,16 @@ def model_card(checkpoint: Checkpoint, dense: ModelConfig, evaluation: Mapping[s
         lines += [f"- {name}: {value:.4g}" for name, value in evaluation["perplexity"].items()]
     lines += ["", "## Reproduce", "", "```", command, "```", ""]
     return "\n".join(lines)
+
+
+def _choice_of_neurons(record: Mapping[str, Any]) -> list[str]:
+    request = record["request"]
+    target = [f"{key} {value}" for key, value in request.items() if key not in ("multiple_of", "layers", "drop_layers")]
+    return [
+        f"- Criterion: `{record['criterion']}` on {record['source']['weights_dtype']} weights, scores in float32; "
+        f"{record['tie_rule']}",
+        f"- Target: {', '.join(target)}, multiple of {request['multiple_of']}, layers {json.dumps(request['layers'])}",
+    ]
 
 
 def recovery_card(checkpoint: Checkpoint, record: Mapping[str, Any], last: Mapping[str, float], command: str) -> str:

@@ -158,13 +158,13 @@ def _blocks(stored: StoredTensor, start: int, stop: int) -> list[tuple[int, int]
 def _check_padding(stored: StoredTensor, name: TensorName, values: NDArray[Any]) -> None:
     if np.any(values):
         assert name.neuron_axis is not None
-        raise beyond_the_neurons(stored, name.hf, name.shape[name.neuron_axis])
+        raise beyond_the_neurons(stored, name.shape[name.neuron_axis])
 
 
-def beyond_the_neurons(stored: StoredTensor, name: str, width: int) -> OperationError:
+def beyond_the_neurons(stored: StoredTensor, width: int) -> OperationError:
     """The refusal of weights where a file should only have padding."""
     return OperationError(
-        f"{stored.file}: tensor {name} has weights beyond neuron {width - 1}, where config.json "
+        f"{stored.file}: tensor {stored.name} has weights beyond neuron {width - 1}, where config.json "
         f"(gluprune.intermediate_sizes) says that there is only padding"
     )
 

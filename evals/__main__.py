@@ -144,6 +144,8 @@ def _evaluate(args: argparse.Namespace, command: str) -> None:
         limit = _check_request(args)
         _check_installed()
         plan = None if args.mask is None else PruningPlan.load(args.mask)
+        if plan is not None:
+            plan.check_maskable()
         if args.dry_run:
             _show_memory(args)
     if args.dry_run:

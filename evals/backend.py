@@ -114,6 +114,8 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         window = _parse_integer("max_length", max_length)
         prefix = _parse_integer("prefix_token_id", prefix_token_id)
         plan = None if mask is None else PruningPlan.load(Path(str(mask)).expanduser())
+        if plan is not None:
+            plan.check_maskable()
         where = argparse.Namespace(mesh=str(mesh), device_memory=None)
         with terminal.byte_progress() as progress:
             checkpoint = convert.load(

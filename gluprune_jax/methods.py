@@ -157,6 +157,22 @@ class Chooser:
                 )
         return self._scores[criterion, seed]
 
+    def least_influential(self, count: int) -> list[int]:
+        """The layers to drop if `count` are: those that turn their input least (ShortGPT, arXiv 2403.03853), ascending.
+
+        Raises:
+          RequestError: there are not so many, or no statistics.
+        """
+        layers = self._model.config.num_hidden_layers
+        if not 1 <= count < layers:
+            raise RequestError(f"--drop-least is {count}; of {layers} layers it must be 1 to {layers - 1}")
+        statistics = self.statistics()
+        if statistics is None:
+            raise RequestError("the influence of layers is that on text; give --calibration TEXT")
+        statistics.check_fits(self._model.config)
+        influences = [layer.influence for layer in statistics.layers]
+        return sorted(np.argsort(influences, kind="stable")[:count].tolist())
+
     def choose(self, method: Method, targets: Sequence[Mapping[str, Any]]) -> list[Pruned]:
         """Prunes to each target by a method; what can be shared between targets is.
 
@@ -187,10 +203,12 @@ class Chooser:
         uniform = make_plan(scores, **target)
         if method.allocation == "uniform":
             return uniform
-        chosen = chosen_layers(scores, target.get("layers"))
+        chosen = chosen_layers(len(scores.values), target.get("layers"), target.get("drop_layers", ()))
         sizes = [scores.intermediate_sizes[i] for i in chosen]
         multiple_of = target.get("multiple_of", 1)
-        share = {key: value for key, value in target.items() if key not in ("multiple_of", "layers")}
+        share = {key: value for key, value in target.items() if key in ("expansion_ratio", "prune_percent", "width")}
+        if not share:
+            raise RequestError(f"--allocation {method.allocation} divides a width over the layers; give one")
         budget = sum(target_width(size, scores.hidden_size, **share) for size in sizes)
         about: dict[str, Any] = {"method": method.allocation, "floor": method.floor}
         if method.allocation == "global":
@@ -289,8 +307,12 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--calibration-window", type=int, default=512, metavar="N", help="tokens of a window")
 
 
-def method_of(args: argparse.Namespace) -> Method:
+def method_of(args: argparse.Namespace, *, needs_statistics: bool = False) -> Method:
     """The method that the options ask for.
+
+    Args:
+      args: the options.
+      needs_statistics: whether something else looks at calibration text too.
 
     Raises:
       RequestError: options that do not go together.
@@ -314,7 +336,9 @@ def method_of(args: argparse.Namespace) -> Method:
     check_calibration_request(args, [method])
     if args.statistics_out and not args.calibration:
         raise RequestError("--statistics-out saves what --calibration collects; give --calibration TEXT too")
-    needs_text = method.needs_text or (method.needs_statistics and not args.statistics)
+    if needs_statistics and not (args.calibration or args.statistics):
+        raise RequestError("--drop-least looks at what layers do to text; give --calibration TEXT or --statistics FILE")
+    needs_text = method.needs_text or ((method.needs_statistics or needs_statistics) and not args.statistics)
     if args.calibration and not (needs_text or args.statistics_out):
         raise RequestError(
             "nothing looks at --calibration; give a criterion that does (hybrid, activation, wanda, taylor), "

@@ -1,7 +1,7 @@
-"""Which neurons of which layer are kept: how a target becomes widths, and the file that records the choice.
+"""Which layers and which of their neurons are kept: how a target becomes widths, and the file that records the choice.
 
 A plan is JSON with one line for each layer, so that it can be read, diffed and replayed. Kept neurons are written
-as ranges ("0-3,5" is 0, 1, 2, 3, 5).
+as ranges ("0-3,5" is 0, 1, 2, 3, 5); a layer that is dropped keeps none.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gluprune_jax.atomic import write_file_atomic
 from gluprune_jax.errors import OperationError, RequestError, unreadable
@@ -27,6 +27,7 @@ from gluprune_jax.model import ModelConfig
 FORMAT, VERSION = "gluprune-plan", 1
 MAX_NEURONS = 1 << 24  # of a layer in a plan file: a damaged number must not fill the memory
 TIE_RULE = "among equal scores the lower index is kept"
+WIDTHLESS = "--layers and --multiple-of refine --expansion-ratio, --prune-percent or --width; none of these is given"
 
 
 # --------------------------------------------------------------------------------------------------- widths
@@ -57,8 +58,10 @@ def width_for_expansion_ratio(ratio: str | float, hidden_size: int) -> int:
     return math.ceil(exact * hidden_size)
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> tuple[int, ...]:
     """Layer indices from a list such as `0-3,8,-1` (negative ones count from the end), ascending.
+
+    `flag` says in errors which option is meant.
 
     Raises:
       RequestError: not such a list, or an index out of range.
@@ -67,17 +70,17 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d{1,9})(?:-(-?\d{1,9}))?\s*", part)
         if not match:
-            raise RequestError(f"--layers has {part!r}; write indices and ranges such as 0-3,8,-1")
+            raise RequestError(f"{flag} has {part!r}; write indices and ranges such as 0-3,8,-1")
         bounds = [int(bound) for bound in match.groups() if bound is not None]
         for bound in bounds:
             if not -num_layers <= bound < num_layers:
                 raise RequestError(
-                    f"--layers names layer {bound}; this model has layers 0 to {num_layers - 1} "
+                    f"{flag} names layer {bound}; this model has layers 0 to {num_layers - 1} "
                     f"(or -{num_layers} to -1, from the end)"
                 )
         first, last = bounds[0] % num_layers, bounds[-1] % num_layers
         if first > last:
-            raise RequestError(f"--layers has {part!r}, which runs backwards: layer {first} to layer {last}")
+            raise RequestError(f"{flag} has {part!r}, which runs backwards: layer {first} to layer {last}")
         chosen |= set(range(first, last + 1))
     return tuple(sorted(chosen))
 
@@ -89,8 +92,11 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
 class PruningPlan:
     """The kept neurons of every layer, and where the choice comes from.
 
+    Layers are counted as in the dense model; those that stay are renumbered only in the pruned one.
+
     Attributes:
-      kept: for each layer the kept indices, int32, ascending. A layer that stays whole keeps all of them.
+      kept: for each layer the kept indices, int32, ascending. A layer that stays whole keeps all of them, one that is
+        dropped none.
       intermediate_sizes: F of each layer before pruning.
       hidden_size: D.
       criterion: the name of the criterion that ranked the neurons.
@@ -99,6 +105,7 @@ class PruningPlan:
       request: the target as it was asked for.
       versions: of this package and of jax.
       calibration: the text whose statistics the criterion or the widths come from (`calibration.describe_windows`).
+      dropped_layers: the layers that are removed whole, attention and MLP, ascending.
     """
 
     kept: tuple[NDArray[np.int32], ...]
@@ -110,14 +117,47 @@ class PruningPlan:
     request: Mapping[str, Any]
     versions: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
+    dropped_layers: tuple[int, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """F of each layer after pruning."""
+        """F of each layer after pruning; 0 where it is dropped."""
         return tuple(len(kept) for kept in self.kept)
 
+    @property
+    def remaining_layers(self) -> tuple[int, ...]:
+        """The layers that stay, ascending: layer i of the pruned model is the i-th of them."""
+        return tuple(i for i in range(len(self.kept)) if i not in self.dropped_layers)
+
+    def pruned_config(self, config: ModelConfig) -> ModelConfig:
+        """The architecture after pruning a model of architecture `config`: the layers that stay, with their widths.
+
+        Raises:
+          RequestError: as `check_fits`.
+        """
+        self.check_fits(config)
+        widths = self.widths
+        return dataclasses.replace(config, intermediate_sizes=tuple(widths[i] for i in self.remaining_layers))
+
+    def check_maskable(self) -> None:
+        """Makes sure that a mask over neurons says all that the plan does.
+
+        Raises:
+          RequestError: the plan drops layers.
+        """
+        if self.dropped_layers:
+            raise RequestError(
+                f"the plan drops {spell_layers(self.dropped_layers)}, which a mask over neurons cannot do; prune "
+                f"with it (python -m gluprune_jax.prune --plan) and use the pruned model instead"
+            )
+
     def masks(self, config: ModelConfig) -> tuple[NDArray[np.float32], ...]:
-        """For each layer `[F as stored]` float32: 1 where a neuron is kept, 0 where it is removed."""
+        """For each layer `[F as stored]` float32: 1 where a neuron is kept, 0 where it is removed.
+
+        Raises:
+          RequestError: the plan drops layers: without its neurons a layer would still have its attention.
+        """
+        self.check_maskable()
         masks = []
         for kept, stored in zip(self.kept, config.stored_intermediate_sizes, strict=True):
             mask = np.zeros(stored, np.float32)
@@ -143,7 +183,11 @@ class PruningPlan:
             )
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the indices, for model cards and the history of a checkpoint."""
+        """Everything but the indices, for model cards and the history of a checkpoint.
+
+        `dropped_layers` is there only if there are any: other plans read as they did before layers could be dropped.
+        """
+        dropped = {"dropped_layers": list(self.dropped_layers)} if self.dropped_layers else {}
         return {
             "criterion": self.criterion,
             "score_dtype": "float32",
@@ -156,6 +200,7 @@ class PruningPlan:
                 "intermediate_sizes": list(self.intermediate_sizes),
             },
             "widths": list(self.widths),
+            **dropped,
             "versions": dict(self.versions),
         } | ({} if self.calibration is None else {"calibration": dict(self.calibration)})
 
@@ -196,8 +241,11 @@ class PruningPlan:
             layers = [row["layer"] for row in data["layers"]]
             if layers != list(range(len(sizes))) or not sizes:
                 raise OperationError(f"{name} is damaged: it must have {len(sizes)} layers, numbered from 0")
+            dropped = _dropped_layers(data.get("dropped_layers", []), len(sizes))
             plan = cls(
-                kept=tuple(_kept(row, size) for row, size in zip(data["layers"], sizes, strict=True)),
+                kept=tuple(
+                    _kept(row, size, row["layer"] in dropped) for row, size in zip(data["layers"], sizes, strict=True)
+                ),
                 intermediate_sizes=sizes,
                 hidden_size=int(source["hidden_size"]),
                 criterion=str(data["criterion"]),
@@ -206,6 +254,7 @@ class PruningPlan:
                 request=dict(data["request"]),
                 versions=dict(data["versions"]),
                 calibration=dict(data["calibration"]) if "calibration" in data else None,
+                dropped_layers=dropped,
             )
             summary = plan.summary()
             wrong = [key for key in summary if data[key] != summary[key]]
@@ -240,10 +289,11 @@ def make_plan(
     width: int | None = None,
     multiple_of: int = 1,
     layers: Sequence[int] | None = None,
+    drop_layers: Sequence[int] = (),
     widths: Sequence[int] | None = None,
     allocation: Mapping[str, Any] | None = None,
 ) -> PruningPlan:
-    """Chooses the neurons to keep. Exactly one of the three targets is given.
+    """Chooses the neurons to keep. Exactly one of the three targets is given; where layers are dropped, at most one.
 
     Args:
       scores: from `importance.score`; any number of plans may be made from the same scores.
@@ -251,26 +301,37 @@ def make_plan(
       prune_percent: share of each layer's neurons to remove, in percent.
       width: target intermediate size.
       multiple_of: the width is floored to a multiple of this.
-      layers: indices of the layers to prune (all when None); the others stay whole.
+      layers: indices of the layers to prune (all that stay when None); the others stay whole.
+      drop_layers: indices of the layers to remove whole, in any order. They go by index: scores decide nothing here.
       widths: what each layer keeps of the budget that the target is, where it is not the same for all (see
         `gluprune_jax.allocation`); a layer may stay whole.
       allocation: how these widths were found, for the record.
 
     Raises:
-      RequestError: not exactly one target, or one that would not shrink a chosen layer or leave it no neuron.
+      RequestError: no or more than one target, or one that would not shrink a chosen layer or leave it no neuron; a
+        layer that is not there, or is to be both pruned and dropped; all layers dropped; `layers` or `multiple_of`
+        without a target.
     """
     targets = {"expansion_ratio": expansion_ratio, "prune_percent": prune_percent, "width": width}
     given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise RequestError("give exactly one of --expansion-ratio, --prune-percent and --width")
+    dropped = _check_layers(drop_layers, len(scores.values), empty=True)
+    if len(given) > 1 or not (given or dropped):
+        raise RequestError(
+            "give exactly one of --expansion-ratio, --prune-percent and --width, or with --drop-layers at most one"
+        )
     if multiple_of < 1:
         raise RequestError(f"--multiple-of is {multiple_of}; it must be at least 1")
-    chosen = chosen_layers(scores, layers)
+    if not given and (layers is not None or multiple_of != 1):
+        raise RequestError(WIDTHLESS)
+    chosen = chosen_layers(len(scores.values), layers, drop_layers)
 
     kept = []
     for i, values in enumerate(scores.values):
         size = len(values)
-        if i not in chosen:
+        if i in dropped:
+            kept.append(np.empty(0, np.int32))
+            continue
+        if not given or i not in chosen:
             kept.append(np.arange(size, dtype=np.int32))
             continue
         target = target_width(size, scores.hidden_size, **given)
@@ -278,7 +339,10 @@ def make_plan(
         kept.append(select_neurons(values, target // multiple_of * multiple_of if widths is None else widths[i]))
 
     request: dict[str, Any] = {name: str(value) for name, value in given.items()}
-    request |= {"multiple_of": multiple_of, "layers": "all" if layers is None else chosen}
+    if given:
+        request |= {"multiple_of": multiple_of, "layers": "all" if layers is None else chosen}
+    if dropped:
+        request["drop_layers"] = sorted(dropped)
     if allocation is not None:
         request["allocation"] = dict(allocation)
     return PruningPlan(
@@ -294,18 +358,29 @@ def make_plan(
             "jax": jax.__version__,
         },
         calibration=scores.calibration,
+        dropped_layers=tuple(sorted(dropped)),
     )
 
 
-def chosen_layers(scores: Scores, layers: Sequence[int] | None) -> list[int]:
-    """The indices of the layers to prune, ascending: all when None.
+def chosen_layers(num_layers: int, layers: Sequence[int] | None, drop_layers: Sequence[int] = ()) -> list[int]:
+    """The indices of the layers whose neurons are pruned, ascending.
+
+    Args:
+      num_layers: L.
+      layers: those that are asked for; all that stay when None.
+      drop_layers: those that are removed whole.
 
     Raises:
-      RequestError: none, or one that the model does not have.
+      RequestError: a layer that the model does not have or that is to be both pruned and dropped, or none is left.
     """
-    chosen = set(range(len(scores.values)) if layers is None else map(operator.index, layers))
-    if not chosen <= set(range(len(scores.values))) or not chosen:
-        raise RequestError(f"layers {sorted(chosen)} are not all among 0 to {len(scores.values) - 1}")
+    dropped = _check_layers(drop_layers, num_layers, empty=True)
+    if len(dropped) == num_layers:
+        raise RequestError(f"all {num_layers} layers would be dropped; a model keeps at least one")
+    chosen = set(range(num_layers)) - dropped if layers is None else _check_layers(layers, num_layers)
+    if both := sorted(chosen & dropped):
+        raise RequestError(
+            f"--layers and --drop-layers both name {spell_layers(both)}; prune or drop a layer, not both"
+        )
     return sorted(chosen)
 
 
@@ -330,6 +405,13 @@ def target_width(
     return width
 
 
+def _check_layers(layers: Sequence[int], num_layers: int, *, empty: bool = False) -> set[int]:
+    chosen = set(map(operator.index, layers))
+    if not chosen <= set(range(num_layers)) or not (chosen or empty):
+        raise RequestError(f"layers {sorted(chosen)} are not all among 0 to {num_layers - 1}")
+    return chosen
+
+
 def _check_target(target: int, size: int, hidden_size: int, layer: int, multiple_of: int) -> None:
     if target < 1:
         raise RequestError(f"a width of {target} was asked for; a layer keeps at least one neuron")
@@ -352,15 +434,42 @@ def _describe(sizes: Sequence[int], hidden_size: int) -> str:
     return f"{len(sizes)} layers of {span} neurons at hidden size {hidden_size}"
 
 
-def _to_ranges(indices: NDArray[np.int32]) -> str:
-    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+def ranks_neurons(summary: Mapping[str, Any]) -> bool:
+    """Whether the plan of a summary is more than a list of dropped layers, in which its criterion had no say."""
+    sizes = zip(summary["widths"], summary["source"]["intermediate_sizes"], strict=True)
+    return any(0 < width < size for width, size in sizes) or not summary.get("dropped_layers")
+
+
+def spell_layers(indices: Sequence[int]) -> str:
+    """Ascending layers for people: "layer 3", "layers 0-2,7"."""
+    return f"layer{'s' * (len(indices) > 1)} {_to_ranges(indices)}"
+
+
+def _to_ranges(indices: ArrayLike) -> str:
+    """Ascending whole numbers as a plan spells them: 0, 1, 2, 3, 5 is "0-3,5", none is ""."""
+    indices = np.asarray(indices, np.int32)
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1) if len(indices) else []
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _kept(row: Mapping[str, Any], size: int) -> NDArray[np.int32]:
+def _dropped_layers(value: Any, num_layers: int) -> tuple[int, ...]:
+    """Reads the layers that a plan file drops."""
+    is_list = isinstance(value, list) and all(type(i) is int and 0 <= i < num_layers for i in value)
+    if not is_list or value != sorted(set(value)) or len(value) == num_layers:
+        raise ValueError(
+            f"dropped_layers is {value!r}; it must hold ascending layers of 0 to {num_layers - 1}, and not all of them"
+        )
+    return tuple(value)
+
+
+def _kept(row: Mapping[str, Any], size: int, is_dropped: bool) -> NDArray[np.int32]:
     """Reads the line of one layer."""
     if size > MAX_NEURONS:
         raise ValueError(f"layer {row['layer']} has {size} neurons; it may have {MAX_NEURONS}")
+    if is_dropped:
+        if row["kept"] != "":
+            raise ValueError(f"layer {row['layer']} is dropped and keeps {row['kept']!r}; it must keep nothing")
+        return np.empty(0, np.int32)
     runs, free = [], 0
     for part in row["kept"].split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)

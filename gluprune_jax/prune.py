@@ -1,4 +1,4 @@
-"""Prune the MLP neurons of a Llama-family model: `python -m gluprune_jax.prune`."""
+"""Prune the MLP neurons and the layers of a Llama-family model: `python -m gluprune_jax.prune`."""
 
 import argparse
 import dataclasses
@@ -39,7 +39,13 @@ from gluprune_jax.importance import Scores, fingerprint, select_neurons
 from gluprune_jax.memory import Evaluation, Pruning, show_plan
 from gluprune_jax.model import Llama
 from gluprune_jax.object_store import folder_at, in_store
-from gluprune_jax.plan import PruningPlan, parse_layers, width_for_expansion_ratio, width_for_percent
+from gluprune_jax.plan import (
+    WIDTHLESS,
+    PruningPlan,
+    parse_layers,
+    width_for_expansion_ratio,
+    width_for_percent,
+)
 from gluprune_jax.report import changes, show
 
 PLAN_FILE = "gluprune_plan.json"
@@ -48,14 +54,15 @@ _PROMPT_TOKENS = 1024  # that memory is planned for
 Masks = tuple[NDArray[np.float32], ...] | None
 
 DESCRIPTION = """\
-Removes the least important neurons of the gated MLP layers of a Llama-family model (arXiv 2512.22671) and writes a
-smaller checkpoint that stock transformers loads. Unless something is measured, the weights of a Hugging Face folder or
-hub id go from file to file, a few tensors at a time, whatever the size of the model.
+Removes the least important neurons of the gated MLP layers of a Llama-family model (arXiv 2512.22671), whole decoder
+layers, or both, and writes a smaller checkpoint that stock transformers loads. Unless something is measured, the
+weights of a Hugging Face folder or hub id go from file to file, a few tensors at a time, whatever the model's size.
 
 examples:
   python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --output smollm2-2.4x
   python -m gluprune_jax.prune --model meta-llama/Llama-3.2-1B --prune-percent 40 --output llama-1b-p40
   python -m gluprune_jax.prune --model llama-1b --width 4096 --dry-run
+  python -m gluprune_jax.prune --model llama-1b --drop-layers 11-13 --output llama-1b-13-layers
   python -m gluprune_jax.prune --model llama-1b --expansion-ratio 2.4 --plan-out plan.json
   python -m gluprune_jax.prune --model llama-1b --plan plan.json --output llama-1b-2.4x
 """
@@ -76,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
         "the same bits (otherwise streamed wherever it can be)",
     )
 
-    target = parser.add_argument_group("how much to keep (one of these)").add_mutually_exclusive_group(required=True)
+    keep = parser.add_argument_group("how much to keep (one of these; --drop-layers beside a width or by itself)")
+    target = keep.add_mutually_exclusive_group()
     target.add_argument(
         "--expansion-ratio", metavar="R", help="intermediate size over hidden size: keep ceil(R x hidden size)"
     )
@@ -85,6 +93,18 @@ def parser() -> argparse.ArgumentParser:
     )
     target.add_argument("--width", type=int, metavar="N", help="keep N neurons in each layer")
     target.add_argument("--plan", type=Path, metavar="FILE", help="keep what this saved plan keeps")
+    keep.add_argument(
+        "--drop-layers",
+        metavar="LIST",
+        help="remove these layers whole, attention and MLP, such as 20-22,-1 (write --drop-layers=-1,0 if a minus "
+        "leads); a width is then that of the layers that stay",
+    )
+    keep.add_argument(
+        "--drop-least",
+        type=int,
+        metavar="N",
+        help="remove the N layers that turn their input least on the calibration text: 1 - cos(input, output)",
+    )
 
     methods.add_arguments(parser)
 
@@ -141,6 +161,8 @@ def _prune(args: argparse.Namespace, command: str) -> None:
         documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
         statistics = None if args.statistics is None else Statistics.load(args.statistics)
         plan = None if args.plan is None else PruningPlan.load(args.plan)
+        if plan is not None and plan.dropped_layers and args.random_baseline:
+            raise _no_random_baseline()
         memory = _plan_memory(args) if args.dry_run else None
     check_same(f"--plan {args.plan}", [] if plan is None else [plan.to_json().encode()])
     check_same("the texts of --evaluate", (text.encode() for text in texts))
@@ -282,19 +304,37 @@ class _Clock:
 def _check_request(args: argparse.Namespace) -> list[str]:
     """Refuses early what could only fail late."""
     formats = parse_formats(args.format)
+    drops = args.drop_layers is not None or args.drop_least is not None
+    has_width = any(target is not None for target in (args.expansion_ratio, args.prune_percent, args.width))
+    if not (has_width or drops or args.plan):
+        raise RequestError(
+            "nothing says what to prune: give --expansion-ratio, --prune-percent or --width, with or without "
+            "--drop-layers, or --drop-layers alone, or --plan"
+        )
     if not (args.output or args.plan_out or args.dry_run):
         raise RequestError("nothing to do: give --output DIR, --plan-out FILE or --dry-run")
     if args.plan and args.plan_out:
         raise RequestError("--plan-out would copy --plan; give one of them")
     makes_plan = (args.layers, args.multiple_of, args.criterion, args.allocation, args.in_order, args.statistics_out)
-    if args.plan and makes_plan != (None, 1, "ppm", "uniform", False, None):
+    if args.plan and (drops or makes_plan != (None, 1, "ppm", "uniform", False, None)):
         raise RequestError(
-            "--plan decides what is kept; --criterion, --layers, --multiple-of, --allocation, --in-order and "
-            "--statistics-out go with making one"
+            "--plan decides what is kept; --criterion, --layers, --drop-layers, --drop-least, --multiple-of, "
+            "--allocation, --in-order and --statistics-out go with making one"
         )
-    methods.method_of(args)
+    if drops and not has_width and (args.layers is not None or args.multiple_of != 1):
+        raise RequestError(WIDTHLESS)
+    if args.drop_layers is not None and args.drop_least is not None:
+        raise RequestError("--drop-layers names layers and --drop-least finds them; give one of them")
+    method = _method(args)
+    if drops and method.needs_text:
+        raise RequestError(
+            "--compensate, --in-order and --allocation measured prune the layers of one model, and --drop-layers makes "
+            "it another; drop layers first, then prune what comes out"
+        )
     if args.random_baseline and not args.evaluate:
         raise RequestError("--random-baseline compares perplexities; give --evaluate too")
+    if args.random_baseline and drops:
+        raise _no_random_baseline()
     measuring = args.evaluate or args.sample is not None
     if measuring and not args.output:
         raise RequestError("--evaluate and --sample compare the model with the pruned one; give --output too")
@@ -310,6 +350,12 @@ def _check_request(args: argparse.Namespace) -> list[str]:
     if args.prune_percent is not None:
         width_for_percent(args.prune_percent, 1)
     return formats
+
+
+def _no_random_baseline() -> RequestError:
+    return RequestError(
+        "--random-baseline masks neurons, and a mask cannot drop layers; leave it out where layers are dropped"
+    )
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -359,15 +405,27 @@ def _check_plan_out(args: argparse.Namespace) -> None:
             )
 
 
+def _method(args: argparse.Namespace) -> methods.Method:
+    return methods.method_of(args, needs_statistics=args.drop_least is not None)
+
+
 def _choose(args: argparse.Namespace, checkpoint: convert.Checkpoint, chooser: methods.Chooser) -> methods.Pruned:
-    target = {
+    target: dict[str, Any] = {
         "expansion_ratio": args.expansion_ratio,
         "prune_percent": args.prune_percent,
         "width": args.width,
     }
     target = {name: value for name, value in target.items() if value is not None}
-    layers = None if args.layers is None else parse_layers(args.layers, checkpoint.config.num_hidden_layers)
-    (pruned,) = chooser.choose(methods.method_of(args), [{**target, "multiple_of": args.multiple_of, "layers": layers}])
+    L = checkpoint.config.num_hidden_layers
+    if args.layers is not None:
+        target["layers"] = parse_layers(args.layers, L)
+    if args.drop_layers is not None:
+        target["drop_layers"] = parse_layers(args.drop_layers, L, "--drop-layers")
+    if args.drop_least is not None:
+        target["drop_layers"] = chooser.least_influential(args.drop_least)
+    (pruned,) = chooser.choose(_method(args), [{**target, "multiple_of": args.multiple_of}])
+    if args.drop_least is not None and (found := chooser.statistics()):
+        found.check_fits(checkpoint.config, pruned.plan.fingerprint)
     if args.statistics_out and not args.dry_run:
         with failing_together():
             statistics = chooser.statistics()

@@ -1,6 +1,6 @@
 """What a pruning changed, as data and as tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -8,63 +8,71 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gluprune_jax.model import Llama
-from gluprune_jax.plan import PruningPlan
+from gluprune_jax.model import Llama, ModelConfig
+from gluprune_jax.plan import PruningPlan, ranks_neurons, spell_layers
 from gluprune_jax.terminal import format_bytes
 
 
 def changes(model: Llama, plan: PruningPlan) -> dict[str, Any]:
-    """Widths, parameters and bytes before and after `plan`; bytes are those of the weights without padding.
+    """Layers, widths, parameters and bytes before and after `plan`; bytes are those of the weights without padding.
 
     `model` may be abstract.
+
+    Raises:
+      RequestError: the plan was made for a model of another shape.
     """
-    dense = model.config
-    weights = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    stored = sum(weight.size * weight.dtype.itemsize for weight in weights)
-    removed = padding = parameters = 0
-    for layer, width, before, after in zip(
-        model.layers, dense.stored_intermediate_sizes, dense.intermediate_sizes, plan.widths, strict=True
-    ):
-        for weight in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-            neuron_bytes = dense.hidden_size * weight.get_value().dtype.itemsize
-            padding += (width - before) * neuron_bytes
-            removed += (before - after) * neuron_bytes
-            parameters += (before - after) * dense.hidden_size
-    layers = len(plan.widths)
+    dense, pruned = model.config, plan.pruned_config(model.config)
     return {
         "plan": plan.summary(),
         "hidden_size": dense.hidden_size,
-        "before": {
-            "intermediate_sizes": list(dense.intermediate_sizes),
-            "expansion_ratio": dense.expansion_ratio,
-            "parameters": dense.num_parameters,
-            "bytes": stored - padding,
-        },
-        "after": {
-            "intermediate_sizes": list(plan.widths),
-            "expansion_ratio": sum(plan.widths) / layers / dense.hidden_size,
-            "parameters": dense.num_parameters - parameters,
-            "bytes": stored - padding - removed,
-        },
+        "before": _sizes(dense, _num_bytes(model, dict(enumerate(dense.intermediate_sizes)))),
+        "after": _sizes(pruned, _num_bytes(model, {i: plan.widths[i] for i in plan.remaining_layers})),
     }
+
+
+def _sizes(config: ModelConfig, num_bytes: int) -> dict[str, Any]:
+    return {
+        "layers": config.num_hidden_layers,
+        "intermediate_sizes": list(config.intermediate_sizes),
+        "expansion_ratio": config.expansion_ratio,
+        "parameters": config.num_parameters,
+        "bytes": num_bytes,
+    }
+
+
+def _num_bytes(model: Llama, widths: Mapping[Any, int]) -> int:
+    """Bytes of the weights of `model` with only these of its layers, each with so many neurons."""
+    total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        weight = variable.get_value()
+        size = weight.size
+        if path[0] == "layers":
+            if path[1] not in widths:
+                continue
+            if path[2] == "mlp":
+                size = widths[path[1]] * model.config.hidden_size
+        total += size * weight.dtype.itemsize
+    return total
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
     """Prints a report of `gluprune_jax.prune` as tables."""
     before, after, plan = report["before"], report["after"], report["plan"]
-    table = Table(title=Text(f"{report['model']}: {plan['criterion']}"), title_justify="left")
+    dropped = plan.get("dropped_layers", [])
+    choices = [plan["criterion"]] * ranks_neurons(plan) + [f"{spell_layers(dropped)} dropped"] * bool(dropped)
+    table = Table(title=Text(f"{report['model']}: {', '.join(choices)}"), title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
+
+    def compared(label: str, key: str, spell: Callable[[Any], str]) -> tuple[str, str, str, str]:
+        return label, spell(before[key]), spell(after[key]), f"{after[key] / before[key] - 1:+.1%}"
+
     rows = [
+        *([compared("layers", "layers", str)] * bool(dropped)),
         ("intermediate size", _span(before["intermediate_sizes"]), _span(after["intermediate_sizes"]), ""),
-        *(
-            (label, spell(before[key]), spell(after[key]), f"{after[key] / before[key] - 1:+.1%}")
-            for label, key, spell in (
-                ("expansion ratio", "expansion_ratio", "{:.4g}".format),
-                ("parameters", "parameters", "{:,}".format),
-                ("weights", "bytes", format_bytes),
-            )
-        ),
+        compared("expansion ratio", "expansion_ratio", "{:.4g}".format),
+        compared("parameters", "parameters", "{:,}".format),
+        compared("weights", "bytes", format_bytes),
     ]
     for row in rows:
         table.add_row(*row)
@@ -94,12 +102,13 @@ def show(report: Mapping[str, Any], console: Console) -> None:
 
 
 def _layer_table(report: Mapping[str, Any]) -> Table:
-    before, after = (report[key]["intermediate_sizes"] for key in ("before", "after"))
     table = Table(title="by layer", title_justify="left")
     for column in ("layer", "before", "after", "expansion ratio"):
         table.add_column(column, justify="right")
+    before, after = report["before"]["intermediate_sizes"], report["plan"]["widths"]
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        table.add_row(str(i), str(old), str(new), f"{new / report['hidden_size']:.4g}")
+        ratio = f"{new / report['hidden_size']:.4g}" if new else ""
+        table.add_row(str(i), str(old), str(new) if new else "dropped", ratio)
     return table
 
 

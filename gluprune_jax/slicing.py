@@ -1,7 +1,7 @@
-"""Makes a model really smaller: the rows and columns of removed neurons leave the weights.
+"""Makes a model really smaller: rows and columns of removed neurons leave the weights, dropped layers leave the model.
 
-The sliced model is the same function as the dense one under the plan's mask (`PruningPlan.masks`), up to the order
-of summation.
+Where no layer is dropped, the sliced model is the same function as the dense one under the plan's mask
+(`PruningPlan.masks`), up to the order of summation.
 
 On a mesh, where each device has a part of the neurons, matrices are first divided along the hidden size instead: every
 device then takes the kept neurons of its part, and the result is divided along the neurons again, in equal shares.
@@ -10,6 +10,7 @@ Weights move twice, and no device ever holds a whole matrix.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,36 +30,33 @@ NEURON_AXES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 
 
 def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None = None, donate: bool = False) -> Llama:
-    """Returns the model with only the neurons that `plan` keeps; all other arrays are shared with `model`.
+    """Returns the model with only the layers and neurons that `plan` keeps; all other arrays are shared with `model`.
 
     Args:
       model: the dense model.
       plan: made for this model; only its shape is checked here (see `PruningPlan.check_fits`).
       width_multiple: zero-pads the stored arrays to a multiple of this (default: as in `model`). On a mesh it is a
         multiple of the devices of a replica.
-      donate: frees each MLP matrix of `model` once it is sliced; the largest one is then all the extra memory that
-        slicing needs, and `model` can no longer be used.
+      donate: frees the layers of `model` that are dropped, then each MLP matrix once it is sliced; the largest one is
+        then all the extra memory that slicing needs, and `model` can no longer be used.
 
     Raises:
       RequestError: the plan was made for a model of another shape, or the width multiple does not divide over the mesh.
     """
-    plan.check_fits(model.config)
+    config = plan.pruned_config(model.config)
+    if width_multiple is not None:
+        config = dataclasses.replace(config, width_multiple=width_multiple)
     mesh = mesh_of(model)
-    config = dataclasses.replace(
-        model.config,
-        intermediate_sizes=plan.widths,
-        width_multiple=model.config.width_multiple if width_multiple is None else width_multiple,
-    )
     if config.width_multiple % shape_of(mesh).model:
         raise RequestError(
             f"the width multiple is {config.width_multiple}; the neurons are divided over {shape_of(mesh).model} "
             f"devices, so it must be a multiple of that"
         )
     graphdef, state = nnx.split(abstract_model(config))
-    arrays = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    for i, (kept, stored) in enumerate(zip(plan.kept, config.stored_intermediate_sizes, strict=True)):
-        mlp = model.layers[i].mlp
-        if len(kept) == stored == mlp.gate_proj.shape[0]:
+    arrays = _remaining(model, plan, donate)
+    for i, (old, stored) in enumerate(zip(plan.remaining_layers, config.stored_intermediate_sizes, strict=True)):
+        kept = plan.kept[old]
+        if len(kept) == stored == model.layers[old].mlp.gate_proj.shape[0]:
             continue
         for name, axis in NEURON_AXES.items():
             path = ("layers", i, "mlp", name)
@@ -72,6 +70,20 @@ def slice_model(model: Llama, plan: PruningPlan, *, width_multiple: int | None =
     flat = [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(state)]
     sliced_model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return sliced_model
+
+
+def _remaining(model: Llama, plan: PruningPlan, donate: bool) -> dict[tuple[Any, ...], Array]:
+    """The arrays of the layers that stay and of what is no layer, by path in the pruned model."""
+    renumbered = {old: new for new, old in enumerate(plan.remaining_layers)}
+    arrays: dict[tuple[Any, ...], Array] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[0] != "layers":
+            arrays[path] = variable.get_value()
+        elif path[1] in renumbered:
+            arrays["layers", renumbered[path[1]], *path[2:]] = variable.get_value()
+        elif donate:
+            variable.get_value().delete()
+    return arrays
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

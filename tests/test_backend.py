@@ -619,6 +619,9 @@ def test_plans_and_tokenizers_of_other_models_are_refused(folder: Path, tmp_path
     make_plan(score(convert.load(other).model), prune_percent=30).save(tmp_path / "plan.json")
     with pytest.raises(RequestError):
         GlupruneLM(str(folder), mask=str(tmp_path / "plan.json"))
+    make_plan(score(convert.load(folder).model), drop_layers=[0]).save(tmp_path / "depth.json")
+    with pytest.raises(RequestError, match="the plan drops layer 0, which a mask over neurons cannot do"):
+        GlupruneLM(str(folder), mask=str(tmp_path / "depth.json"))
     with pytest.raises(RequestError, match="has no tokenizer files"):
         GlupruneLM(str(other))
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -384,6 +384,19 @@ def test_a_plan_for_other_weights_is_refused(
     assert "other weights" in err
 
 
+def test_a_plan_that_drops_layers_is_refused(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: type[Backend]
+) -> None:
+    make_plan(score(convert.load(model).model), width=10, drop_layers=[1]).save(tmp_path / "plan.json")
+    argv = ("--model", model, "--tasks", "tiny_words", "--include-path", tasks, "--output", tmp_path / "results")
+    status, _, err = run(capsys, *argv, "--mask", tmp_path / "plan.json")
+    assert status == 2
+    assert "the plan drops layer 1, which a mask over neurons cannot do; prune with it" in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+    assert backend.made == []
+
+
 def test_a_run_beside_another_is_refused(
     model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: type[Backend]
 ) -> None:

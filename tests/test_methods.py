@@ -169,6 +169,21 @@ def test_layers_that_are_not_named_stay_whole_and_out_of_the_budget(
     assert all(width % 4 == 0 for width in (widths[0], widths[2]))
 
 
+@pytest.mark.parametrize("width", [(), ("--width", 30)])
+def test_the_layers_of_least_influence_are_dropped(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture, width: tuple[object, ...]
+) -> None:
+    done = report(capsys, *argv, *width, "--drop-least", 2)
+    checkpoint, windows = windows_of(folder)
+    influences = [layer.influence for layer in collect(checkpoint.model, windows).layers]
+    kept = int(np.argmax(influences))
+    assert done["plan"]["dropped_layers"] == [i for i in range(3) if i != kept]
+    written = arrays(convert.load(tmp_path / "out"))
+    theirs = arrays(checkpoint)[f"model.layers.{kept}.self_attn.q_proj.weight"]
+    assert np.array_equal(written["model.layers.0.self_attn.q_proj.weight"], theirs)
+    assert done["after"]["intermediate_sizes"] == [30 if width else 83]
+
+
 def test_in_order_is_recorded(argv: list[object], tmp_path: Path, capsys: Capture) -> None:
     options = ("--criterion", "hybrid", "--compensate", "least-squares", "--in-order")
     done = report(capsys, *argv, "--prune-percent", 40, *options)
@@ -277,6 +292,10 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         ([*weights, "--statistics-out", "x.npz"], "--statistics-out saves what --calibration collects"),
         ([*weights, "--statistics", data / "none.npz"], "cannot read the statistics"),
         (text, "nothing looks at --calibration"),
+        ([*weights, "--drop-least", "1"], "--drop-least looks at what layers do to text; give --calibration TEXT or"),
+        ([*text, "--drop-least", "3"], "--drop-least is 3; of 3 layers it must be 1 to 2"),
+        ([*text, "--drop-least", "1", "--drop-layers", "0"], "--drop-layers names layers and --drop-least finds them"),
+        ([*text, "--drop-layers", "0", "--compensate", "least-squares"], "drop layers first, then prune what comes"),
         ([*text, "--criterion", "hybrid", "--calibration-tokens", "1"], "--calibration-tokens is 1; it must be at lea"),
         ([*text, "--criterion", "hybrid", "--calibration-tokens", "20"], "less than the 32 of one window"),
         ([*text, "--criterion", "hybrid", "--stream"], "--stream leaves the model in its files, where --calibration"),

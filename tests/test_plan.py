@@ -524,6 +524,120 @@ def test_any_damage_is_reported_as_one_of_our_errors(path: tuple[str | int, ...]
         assert 0 <= kept[0] <= kept[-1] < size
 
 
+# ----------------------------------------------------------------------------------------------- dropped layers
+
+# Written before layers could be dropped, byte for byte.
+OLD = """{
+ "format": "gluprune-plan",
+ "version": 1,
+ "criterion": "vow",
+ "score_dtype": "float32",
+ "tie_rule": "among equal scores the lower index is kept",
+ "request": {
+  "width": "7",
+  "multiple_of": 1,
+  "layers": "all"
+ },
+ "source": {
+  "fingerprint": "sha256:0f0f",
+  "weights_dtype": "float32",
+  "hidden_size": 16,
+  "intermediate_sizes": [
+   9,
+   3
+  ]
+ },
+ "widths": [
+  6,
+  3
+ ],
+ "versions": {
+  "gluprune_jax": "0.1.0",
+  "jax": "0.10.0"
+ },
+ "layers": [
+  {"layer": 0, "kept": "0-3,5,8"},
+  {"layer": 1, "kept": "0-2"}
+ ]
+}
+"""
+
+
+def test_plans_of_before_are_read_and_written_as_they_were() -> None:
+    plan = PruningPlan.from_json(OLD)
+    assert plan.dropped_layers == ()
+    assert plan.remaining_layers == (0, 1)
+    assert plan.to_json() == OLD
+
+
+def test_a_dropped_layer_keeps_nothing() -> None:
+    plan = make_plan(make_scores(), width=7, drop_layers=[1])
+    assert (plan.dropped_layers, plan.remaining_layers, plan.widths) == ((1,), (0, 2), (7, 0, 7))
+    assert plan.kept[1].dtype == np.int32
+    assert plan.request == {"width": "7", "multiple_of": 1, "layers": "all", "drop_layers": [1]}
+    assert plan.summary()["dropped_layers"] == [1]
+    assert plan.pruned_config(CONFIG) == dataclasses.replace(CONFIG, intermediate_sizes=(7, 7))
+    plan = make_plan(make_scores(), drop_layers=[2, 0])
+    assert (plan.dropped_layers, plan.widths) == ((0, 2), (0, 40, 0))
+    assert plan.request == {"drop_layers": [0, 2]}
+
+
+@given(st.sets(st.integers(0, 2), min_size=1, max_size=2), st.none() | st.integers(1, 32))
+def test_a_plan_that_drops_layers_is_read_as_it_was_written(dropped: set[int], width: int | None) -> None:
+    plan = make_plan(make_scores(), width=width, drop_layers=sorted(dropped))
+    read = PruningPlan.from_json(plan.to_json())
+    assert everything(read) == everything(plan)
+    assert all(kept.dtype == np.int32 for kept in read.kept)
+    assert read.to_json() == plan.to_json()
+    # Which neurons of the others are kept does not depend on it.
+    for i in read.remaining_layers:
+        expected = np.arange(len(plan.kept[i])) if width is None else make_plan(make_scores(), width=width).kept[i]
+        assert np.array_equal(read.kept[i], expected)
+
+
+def test_a_dropped_layer_need_not_be_wider_than_the_target() -> None:
+    assert make_plan(make_scores(), width=36, drop_layers=[2]).widths == (36, 36, 0)
+
+
+DROPPED = make_plan(make_scores(), width=7, drop_layers=[1])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[], [0], [2], [0, 1], [1, 1], [1, 0], [0, 1, 2], [3], [-1], [True], [1.0], ["1"], [[1]], [None], 1, "1", None, {}],
+    ids=repr,
+)
+def test_damaged_lists_of_dropped_layers_are_refused(value: Any) -> None:
+    data = json.loads(DROPPED.to_json()) | {"dropped_layers": value}
+    with pytest.raises(OperationError, match=r"^mine is damaged: ") as error:
+        PruningPlan.from_json(json.dumps(data), "mine")
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_must_say_the_same_of_a_dropped_layer_everywhere() -> None:
+    def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
+        data: dict[str, Any] = json.loads(DROPPED.to_json())
+        change(data)
+        return json.dumps(data)
+
+    changes: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "layer 1 keeps ''": lambda data: data.pop("dropped_layers"),
+        "layer 1 is dropped and keeps '0-3'": lambda data: data["layers"][1].update(kept="0-3"),
+        "layer 1 is dropped and keeps None": lambda data: data["layers"][1].update(kept=None),
+        r"widths is \[7, 40, 7\]": lambda data: data["widths"].__setitem__(1, 40),
+        "dropped_layers is": lambda data: data.update(dropped_layers=[0, 1, 2]),
+        "KeyError at 'kept'": lambda data: data["layers"][1].pop("kept"),
+    }
+    for message, change in changes.items():
+        with pytest.raises(OperationError, match=f"is damaged: .*{message}"):
+            PruningPlan.from_json(damaged(change))
+
+
+def test_a_plan_that_drops_layers_has_no_mask() -> None:
+    with pytest.raises(RequestError, match="the plan drops layer 1, which a mask over neurons cannot do; prune"):
+        DROPPED.masks(CONFIG)
+
+
 # ------------------------------------------------------------------------------------------- fitting to a model
 
 
