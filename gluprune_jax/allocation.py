@@ -10,9 +10,11 @@ In all of them the layers that are pruned keep together no more neurons than the
 `floor` of its own, in multiples of `multiple_of` unless it stays whole.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from gluprune_jax.calibration import BATCH_TOKENS, Stream
@@ -132,7 +134,7 @@ def layer_costs(
     windows: NDArray[np.int32],
     plan: PruningPlan,
     *,
-    is_compensated: bool,
+    grams: Iterable[Array] | None = None,
     cost_tokens: int = COST_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     on_layer: Callable[[int], None] | None = None,
@@ -143,7 +145,7 @@ def layer_costs(
       model: the dense model, on any mesh.
       windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
       plan: which neurons are kept where a layer is pruned; 0 is the cost of a layer that it leaves whole.
-      is_compensated: whether the pruned layer is refitted by least squares, on all windows.
+      grams: the Gram matrix of each layer (`calibration.gram_matrices`), where the pruned layer is to be refitted.
       cost_tokens: the loss is taken on the first windows, of about so many tokens.
       batch_tokens: how many tokens a replica computes at once.
       on_layer: called with the index of each layer that is done.
@@ -154,18 +156,16 @@ def layer_costs(
     plan.check_fits(model.config)
     L, mesh, masks = model.config.num_hidden_layers, mesh_of(model), plan.masks(model.config)
     measured = windows[: max(1, cost_tokens // windows.shape[1])]
-    fitted = Stream(model, windows, batch_tokens=batch_tokens) if is_compensated else None
+    matrices: Iterable[Array | None] = itertools.repeat(None, L) if grams is None else grams
     stream = Stream(model, measured, batch_tokens=batch_tokens)
     losses: list[float | None] = []
-    for i, mlp in enumerate(mlp_weights(model)):
+    for i, (mlp, gram) in enumerate(zip(mlp_weights(model), matrices, strict=True)):
         if plan.widths[i] == plan.intermediate_sizes[i]:
             losses.append(None)
         else:
-            if fitted is None:
+            if gram is None:
                 down = without_neurons(mesh, mlp.down_proj, masks[i])
             else:
-                _, gram = fitted.observe(i, gram=True)
-                assert gram is not None
                 down, _ = compensate_layer(mesh, i, gram, mlp.down_proj, masks[i])
             settle(mesh, down)
             pruned = stream.copy()
@@ -174,8 +174,6 @@ def layer_costs(
                 pruned.advance(j)
             losses.append(pruned.loss())
         stream.advance(i)
-        if fitted is not None:
-            fitted.advance(i)
         if on_layer:
             on_layer(i)
     dense = stream.loss()

@@ -344,6 +344,29 @@ class Stream:
         return total / predicted
 
 
+def gram_matrices(model: Llama, windows: NDArray[np.int32], *, batch_tokens: int = BATCH_TOKENS) -> Iterator[Array]:
+    """The Gram matrix of the activations of each layer, `[F as stored, F as stored]` float32, divided over neurons.
+
+    Each is computed when it is asked for, and only one exists at a time unless they are kept.
+
+    Args:
+      model: the model, on any mesh.
+      windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      batch_tokens: how many tokens a replica computes at once.
+
+    Raises:
+      RequestError: as for `Stream`.
+      OperationError: activations that are not finite, naming the layer.
+    """
+    stream = Stream(model, windows, batch_tokens=batch_tokens)
+    for i in range(model.config.num_hidden_layers):
+        _, gram = stream.observe(i, gram=True)
+        assert gram is not None
+        yield gram
+        del gram
+        stream.advance(i)
+
+
 def batches(model: Llama, windows: NDArray[np.int32], batch_tokens: int) -> Iterator[Array]:
     """The windows in batches `[B, W]` on the model's mesh, all of one shape, filled up with padding.
 

@@ -118,7 +118,9 @@ def _compare(args: argparse.Namespace) -> None:
             progress=progress,
         )
     windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
-    chooser = methods.Chooser(checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or ())
+    chooser = methods.Chooser(
+        checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
+    )
     meter = _Meter(args, checkpoint, texts)
     results = Results.open(
         None if args.output is None else args.output / RESULTS_FILE,

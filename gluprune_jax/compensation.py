@@ -18,7 +18,7 @@ side are divided over them.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -167,40 +167,36 @@ def with_down_projections(model: Llama, down_projs: Sequence[Array]) -> Llama:
 
 def compensate(
     model: Llama,
-    windows: NDArray[np.int32],
+    grams: Iterable[Array],
     plans: Sequence[PruningPlan],
     *,
-    batch_tokens: int = BATCH_TOKENS,
     on_layer: Callable[[int], None] | None = None,
 ) -> list[Compensation]:
-    """Refits the down projections for each plan, all layers to what they see in the dense model: in one pass.
+    """Refits the down projections for each plan, all layers to what they see in the dense model.
 
     Args:
       model: the dense model, on any mesh.
-      windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      grams: the Gram matrix of each layer (`calibration.gram_matrices`); each is asked for when the layers before it
+        are done.
       plans: made for this model.
-      batch_tokens: how many tokens a replica computes at once.
       on_layer: called with the index of each layer that is done.
 
     Raises:
-      RequestError: as for `calibration.Stream`, or a plan that was made for a model of another shape.
-      OperationError: activations that are not finite, or that no damping helps; naming the layer.
+      RequestError: a plan that was made for a model of another shape.
+      OperationError: a Gram matrix that no damping helps, naming the layer.
     """
     for plan in plans:
         plan.check_fits(model.config)
-    mesh, stream = mesh_of(model), Stream(model, windows, batch_tokens=batch_tokens)
+    mesh = mesh_of(model)
     masks = [plan.masks(model.config) for plan in plans]
     found: list[list[tuple[Array, Fit | None]]] = [[] for _ in plans]
-    for i, mlp in enumerate(mlp_weights(model)):
-        _, gram = stream.observe(i, gram=True)
-        assert gram is not None
+    for i, (mlp, gram) in enumerate(zip(mlp_weights(model), grams, strict=True)):
         for plan, layers, mask in zip(plans, found, masks, strict=True):
             is_whole = plan.widths[i] == plan.intermediate_sizes[i]
             if is_whole:
                 layers.append((mlp.down_proj, None))
             else:
                 layers.append(compensate_layer(mesh, i, gram, mlp.down_proj, mask[i]))
-        stream.advance(i)
         if on_layer:
             on_layer(i)
     return [

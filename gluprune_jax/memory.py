@@ -387,10 +387,10 @@ def free_memory() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
-    return _host_memory() // jax.local_device_count()
+    return host_memory() // jax.local_device_count()
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Bytes available on this host."""
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         available = next((line for line in file if line.startswith("MemAvailable:")), None)

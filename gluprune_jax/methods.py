@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from convert import Checkpoint
 from convert.tokenizer import encode_documents, load_tokenizer, separator
 from gluprune_jax import terminal
 from gluprune_jax.allocation import ALLOCATIONS, FLOOR, by_cost, by_score, layer_costs
-from gluprune_jax.calibration import Statistics, collect, describe_windows, sensitivities
+from gluprune_jax.calibration import Statistics, collect, describe_windows, gram_matrices, sensitivities
 from gluprune_jax.compensation import Compensation, compensate, prune_in_order, with_down_projections
 from gluprune_jax.criteria import CRITERIA, find_criterion, inputs_of
+from gluprune_jax.distributed import least
 from gluprune_jax.documents import DATA_HELP, Messages
 from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import MLPWeights, Scores, is_data_driven, score
+from gluprune_jax.memory import host_memory
+from gluprune_jax.mesh import mesh_of, place, to_host
 from gluprune_jax.model import Llama
 from gluprune_jax.packing import pack
 from gluprune_jax.plan import PruningPlan, chosen_layers, make_plan, target_width
@@ -27,6 +31,8 @@ from gluprune_jax.plan import PruningPlan, chosen_layers, make_plan, target_widt
 COMPENSATIONS = ("none", "least-squares")
 # Calibration windows are taken out of up to so many times as much text.
 _SPREAD = 64
+# Of the memory that the host has free, for Gram matrices.
+_HOST_SHARE = 0.25
 _SHORT = {"ls": "least-squares"}
 
 
@@ -108,6 +114,7 @@ class Chooser:
       windows: calibration windows `[N, W]`, if there is calibration text.
       names: of the texts.
       statistics: of this model, if they were collected before.
+      keeps_grams: whether Gram matrices are kept in the memory of the host, for more than one use.
     """
 
     def __init__(
@@ -118,9 +125,12 @@ class Chooser:
         windows: NDArray[np.int32] | None = None,
         names: Sequence[str] = (),
         statistics: Statistics | None = None,
+        keeps_grams: bool = False,
     ):
         self._model, self._weights, self._windows, self._names = model, weights, windows, names
         self._statistics = statistics
+        self._keeps_grams = keeps_grams
+        self._kept_grams: list[NDArray[np.float32]] | None = None
         self._scores: dict[tuple[str, int], Scores] = {}
 
     def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
@@ -194,7 +204,7 @@ class Chooser:
     def compensated(self, plans: Sequence[PruningPlan]) -> list[Pruned]:
         """Refits down projections for plans, in one pass over the calibration text."""
         with self._layers("refitting down_proj") as progress:
-            found = compensate(self._model, self._text(), plans, on_layer=progress)
+            found = compensate(self._model, self._grams(), plans, on_layer=progress)
         texts = describe_windows(self._text(), self._names)
         plans = [dataclasses.replace(plan, calibration=plan.calibration or texts) for plan in plans]
         return [Pruned(plan, compensation) for plan, compensation in zip(plans, found, strict=True)]
@@ -216,9 +226,8 @@ class Chooser:
             found = by_score(values, budget, floor=method.floor, multiple_of=multiple_of)
         else:
             with self._layers("measuring layers") as progress:
-                costs = layer_costs(
-                    self._model, self._text(), uniform, is_compensated=method.is_compensated, on_layer=progress
-                )
+                grams = self._grams() if method.is_compensated else None
+                costs = layer_costs(self._model, self._text(), uniform, grams=grams, on_layer=progress)
             found = by_cost([costs[i] for i in chosen], sizes, budget, floor=method.floor, multiple_of=multiple_of)
             about["costs"] = [round(cost, 6) for cost in costs]
         widths = list(scores.intermediate_sizes)
@@ -244,6 +253,22 @@ class Chooser:
         plan = make_plan(scores, **target, widths=plan.widths, allocation=plan.request.get("allocation"))
         plan = dataclasses.replace(plan, request={**plan.request, "in_order": True})
         return Pruned(plan, compensation if method.is_compensated else None)
+
+    def _grams(self) -> Iterator[Array]:
+        """The Gram matrices, computed once if the host has the memory to keep them."""
+        mesh = mesh_of(self._model)
+        if self._kept_grams is not None:
+            yield from (place(mesh, gram, "neurons", None) for gram in self._kept_grams)
+            return
+        widths = self._model.config.stored_intermediate_sizes
+        size = sum(4 * width * width for width in widths)
+        fits = self._keeps_grams and size <= least(host_memory()) * _HOST_SHARE
+        kept: list[NDArray[np.float32]] | None = [] if fits else None
+        for gram in gram_matrices(self._model, self._text()):
+            if kept is not None:
+                kept.append(to_host(gram))
+            yield gram
+        self._kept_grams = kept
 
     def _text(self) -> NDArray[np.int32]:
         if self._windows is None:
@@ -354,9 +379,9 @@ def check_calibration_request(args: argparse.Namespace, methods: Sequence[Method
       RequestError: as said.
     """
     statistics = getattr(args, "statistics", None)
-    for flag, least in (("calibration_tokens", 2), ("calibration_window", 2)):
-        if getattr(args, flag) < least:
-            raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    for flag in ("calibration_tokens", "calibration_window"):
+        if getattr(args, flag) < 2:
+            raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 2")
     if args.calibration_tokens < args.calibration_window:
         raise RequestError(
             f"--calibration-tokens is {args.calibration_tokens}, less than the {args.calibration_window} of one "

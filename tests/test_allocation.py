@@ -14,6 +14,7 @@ from tiny_models import write_folder
 import convert
 from evals.perplexity import perplexity
 from gluprune_jax.allocation import by_cost, by_score, layer_costs
+from gluprune_jax.calibration import gram_matrices
 from gluprune_jax.compensation import compensate, with_down_projections
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import score
@@ -117,12 +118,19 @@ def test_the_cost_of_a_layer_is_the_loss_with_it_alone_pruned(
     model: Llama, windows: NDArray[np.int32], is_compensated: bool
 ) -> None:
     scores = score(model)
-    found = layer_costs(model, windows, make_plan(scores, prune_percent=40), is_compensated=is_compensated)
+    found = layer_costs(
+        model,
+        windows,
+        make_plan(scores, prune_percent=40),
+        grams=gram_matrices(model, windows) if is_compensated else None,
+    )
     for i in range(3):
         alone = make_plan(scores, prune_percent=40, layers=[i])
         repaired = model
         if is_compensated:
-            repaired = with_down_projections(model, compensate(model, windows, [alone])[0].down_projs)
+            repaired = with_down_projections(
+                model, compensate(model, gram_matrices(model, windows), [alone])[0].down_projs
+            )
         expected = loss(repaired, windows, alone) - loss(model, windows)
         assert found[i] == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
@@ -130,7 +138,7 @@ def test_the_cost_of_a_layer_is_the_loss_with_it_alone_pruned(
 def test_costs_on_fewer_tokens_and_of_layers_that_stay_whole(model: Llama, windows: NDArray[np.int32]) -> None:
     scores = score(model)
     plan = make_plan(scores, prune_percent=40, layers=[0, 2])
-    found = layer_costs(model, windows, plan, is_compensated=False, cost_tokens=32)
+    found = layer_costs(model, windows, plan, cost_tokens=32)
     assert found[1] == 0
     alone = make_plan(scores, prune_percent=40, layers=[2])
     expected = loss(model, windows[:2], alone) - loss(model, windows[:2])
@@ -141,8 +149,8 @@ def test_meshes_give_the_same_costs(model: Llama, windows: NDArray[np.int32]) ->
     plan = make_plan(score(model), prune_percent=40)
     sharded = shard_model(model, make_mesh(MeshShape(2, 4), model.config.num_key_value_heads))
     for is_compensated in (False, True):
-        one = layer_costs(model, windows, plan, is_compensated=is_compensated)
-        many = layer_costs(sharded, windows, plan, is_compensated=is_compensated)
+        one = layer_costs(model, windows, plan, grams=gram_matrices(model, windows) if is_compensated else None)
+        many = layer_costs(sharded, windows, plan, grams=gram_matrices(sharded, windows) if is_compensated else None)
         np.testing.assert_allclose(many, one, rtol=1e-2, atol=1e-4)
 
 

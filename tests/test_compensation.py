@@ -13,7 +13,7 @@ from test_calibration import CONFIG, SHAPES, of_all
 from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
-from gluprune_jax.calibration import collect
+from gluprune_jax.calibration import collect, gram_matrices
 from gluprune_jax.compensation import (
     DAMPING,
     compensate,
@@ -142,7 +142,7 @@ def test_a_matrix_that_cannot_be_factored_names_the_layer() -> None:
 
 def test_the_layers_errors_are_those_of_its_activations(model: Llama, windows: NDArray[np.int32]) -> None:
     plan = make_plan(score(model), prune_percent=40)
-    (found,) = compensate(model, windows, [plan])
+    (found,) = compensate(model, gram_matrices(model, windows), [plan])
     for i, (a, fit) in enumerate(zip(of_all(model, windows), found.fits, strict=True)):
         assert fit is not None
         down = np.asarray(model.layers[i].mlp.down_proj[...], np.float64)
@@ -158,7 +158,7 @@ def test_the_layers_errors_are_those_of_its_activations(model: Llama, windows: N
 
 def test_the_sliced_model_is_the_masked_one(model: Llama, windows: NDArray[np.int32]) -> None:
     plan = make_plan(score(model), prune_percent=40)
-    (found,) = compensate(model, windows, [plan])
+    (found,) = compensate(model, gram_matrices(model, windows), [plan])
     repaired = with_down_projections(model, found.down_projs)
     sliced = logits(slice_model(repaired, plan), windows)
     np.testing.assert_allclose(sliced, logits(repaired, windows), rtol=1e-5, atol=1e-5)
@@ -168,9 +168,9 @@ def test_the_sliced_model_is_the_masked_one(model: Llama, windows: NDArray[np.in
 def test_several_plans_in_one_pass_are_as_by_themselves(model: Llama, windows: NDArray[np.int32]) -> None:
     scores = score(model)
     plans = [make_plan(scores, prune_percent=percent) for percent in (10, 40)]
-    together = compensate(model, windows, plans)
+    together = compensate(model, gram_matrices(model, windows), plans)
     for plan, found in zip(plans, together, strict=True):
-        (alone,) = compensate(model, windows, [plan])
+        (alone,) = compensate(model, gram_matrices(model, windows), [plan])
         for a, b in zip(found.down_projs, alone.down_projs, strict=True):
             assert np.array_equal(a, b)
         assert found.fits == alone.fits
@@ -178,7 +178,7 @@ def test_several_plans_in_one_pass_are_as_by_themselves(model: Llama, windows: N
 
 def test_a_layer_that_stays_whole_keeps_its_bits(model: Llama, windows: NDArray[np.int32]) -> None:
     plan = make_plan(score(model), width=40, layers=[1])
-    (found,) = compensate(model, windows, [plan])
+    (found,) = compensate(model, gram_matrices(model, windows), [plan])
     assert [fit is None for fit in found.fits] == [True, False, True]
     for i in (0, 2):
         assert np.array_equal(found.down_projs[i], model.layers[i].mlp.down_proj[...])
@@ -189,7 +189,7 @@ def test_the_dtype_of_the_weights_stays(windows: NDArray[np.int32], tmp_path: Pa
     config = hf_config(torch_dtype="bfloat16", intermediate_size=83, num_attention_heads=8)
     model = convert.load(write_folder(tmp_path / "bf16", config, hf_tensors(config, "bfloat16"))).model
     plan = make_plan(score(model), prune_percent=40)
-    (found,) = compensate(model, windows, [plan])
+    (found,) = compensate(model, gram_matrices(model, windows), [plan])
     assert {str(down.dtype) for down in found.down_projs} == {"bfloat16"}
     assert all(fit is not None and fit.error < fit.error_without for fit in found.fits)
 
@@ -210,7 +210,7 @@ def test_in_order_each_layer_sees_what_the_pruned_ones_give(model: Llama, window
         if widths[i] < 83:
             scores = dataclasses.replace(score(so_far), values=(*values[: i + 1], *score(so_far).values[i + 1 :]))
             plan = make_plan(scores, width=widths[i], layers=[i])
-            (step,) = compensate(so_far, windows, [plan])
+            (step,) = compensate(so_far, gram_matrices(so_far, windows), [plan])
             downs[i] = step.down_projs[i]
         np.testing.assert_allclose(found.down_projs[i], downs[i], rtol=2e-3, atol=2e-4)
         so_far = with_down_projections(so_far, [*found.down_projs[: i + 1], *downs[i + 1 :]])
@@ -229,7 +229,7 @@ def test_in_order_without_compensation_only_leaves_out(model: Llama, windows: ND
 
 def test_the_first_layer_is_the_same_in_order_and_at_once(model: Llama, windows: NDArray[np.int32]) -> None:
     plan = make_plan(score(model), prune_percent=40)
-    (at_once,) = compensate(model, windows, [plan])
+    (at_once,) = compensate(model, gram_matrices(model, windows), [plan])
     _, in_order = prune_in_order(model, windows, "ppm", plan.widths, statistics=None)
     assert np.array_equal(at_once.down_projs[0], in_order.down_projs[0])
     assert not np.array_equal(at_once.down_projs[2], in_order.down_projs[2])
@@ -242,7 +242,8 @@ def test_the_first_layer_is_the_same_in_order_and_at_once(model: Llama, windows:
 def test_meshes_give_the_same_down_projections(model: Llama, windows: NDArray[np.int32], shape: MeshShape) -> None:
     plan = make_plan(score(model), prune_percent=40)
     sharded = shard_model(model, make_mesh(shape, model.config.num_key_value_heads))
-    (one,), (many,) = compensate(model, windows, [plan]), compensate(sharded, windows, [plan])
+    (one,) = compensate(model, gram_matrices(model, windows), [plan])
+    (many,) = compensate(sharded, gram_matrices(sharded, windows), [plan])
     for a, b, layer in zip(one.down_projs, many.down_projs, sharded.layers, strict=True):
         np.testing.assert_allclose(np.asarray(b)[:, :83], a, rtol=2e-3, atol=2e-4)
         assert b.sharding.is_equivalent_to(layer.mlp.down_proj[...].sharding, 2)
@@ -263,11 +264,13 @@ def test_meshes_give_the_same_down_projections(model: Llama, windows: NDArray[np
 def test_a_plan_for_another_model_is_refused(model: Llama, windows: NDArray[np.int32], tmp_path: Path) -> None:
     narrow = convert.load(write_folder(tmp_path / "narrow", {**CONFIG, "intermediate_size": 80})).model
     with pytest.raises(RequestError, match="the plan was made for"):
-        compensate(model, windows, [make_plan(score(narrow), prune_percent=40)])
+        compensate(model, gram_matrices(model, windows), [make_plan(score(narrow), prune_percent=40)])
 
 
 def test_one_program_serves_every_width(model: Llama, windows: NDArray[np.int32]) -> None:
     least_squares.clear_cache()
     scores = score(model)
-    compensate(model, windows, [make_plan(scores, prune_percent=percent) for percent in (10, 20, 40, 60)])
+    compensate(
+        model, gram_matrices(model, windows), [make_plan(scores, prune_percent=percent) for percent in (10, 20, 40, 60)]
+    )
     assert least_squares._cache_size() == 1

@@ -408,7 +408,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 def test_cpu_devices_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_host_memory", lambda: 8000)
+    monkeypatch.setattr(memory, "host_memory", lambda: 8000)
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 16, "SC_PAGE_SIZE": 1000}.get)
     assert jax.local_device_count() == 8
     assert (device_memory(), free_memory()) == (2000, 1000)
@@ -427,7 +427,7 @@ def test_accelerators_say_what_they_have(
         def memory_stats(self) -> dict[str, int] | None:
             return stats
 
-    monkeypatch.setattr(memory, "_host_memory", lambda: 8000)
+    monkeypatch.setattr(memory, "host_memory", lambda: 8000)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     assert device_memory() == total
     assert free_memory() == free

@@ -14,7 +14,7 @@ import convert
 from convert.checkpoint import model_arrays
 from convert.tokenizer import encode_documents, load_tokenizer, separator
 from gluprune_jax import PruningPlan, documents
-from gluprune_jax.calibration import Statistics, collect
+from gluprune_jax.calibration import Statistics, collect, gram_matrices
 from gluprune_jax.compensation import compensate, with_down_projections
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import score
@@ -118,7 +118,7 @@ def test_least_squares_is_that_of_the_library(
     done = report(capsys, *argv, "--prune-percent", 40, "--criterion", criterion, "--compensate", "least-squares")
     checkpoint, windows = windows_of(folder)
     plan = PruningPlan.load(tmp_path / "out" / "gluprune_plan.json")
-    (found,) = compensate(checkpoint.model, windows, [plan])
+    (found,) = compensate(checkpoint.model, gram_matrices(checkpoint.model, windows), [plan])
     repaired = with_down_projections(checkpoint.model, found.down_projs)
     wanted = arrays(convert.Checkpoint(repaired, "x", checkpoint.hf_config).pruned(plan))
     written = convert.load(tmp_path / "out")
