@@ -16,6 +16,7 @@ cache) is counted once, in operations and bytes too: the compiler does not know 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -38,6 +39,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.engine import SCORED_TOKENS, rows, score_tokens
+from gluprune_jax.calibration import BATCH_TOKENS, Sums, advance_layer, backward_layer, observe_layer
+from gluprune_jax.compensation import least_squares
 from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.errors import RequestError
 from gluprune_jax.generation import DecodeState, Sampling, admit, decode
@@ -51,6 +54,7 @@ from gluprune_jax.slicing import slice_neurons
 HBM_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # of one chip
 DTYPE = jnp.bfloat16
 PRUNED = 0.4  # of the neurons
+CALIBRATION_TOKENS = 131072  # whose residual stream is held
 CHUNK, HEADER, LONG = 512, 2048 + 512, 32768 + 512  # tokens run together, and slots of caches they stand on
 SLOTS, SLOT_SIZE = 8, 1024  # sequences decoded together in each replica
 ASKED = SCORED_TOKENS[-1]  # tokens of each replica whose logits are formed together
@@ -87,6 +91,19 @@ EXPECTED: dict[str, tuple[Expected, ...]] = {
     "score tokens": _NUMBERS,
     "admit": (*_LOGITS, *_NUMBERS),
     "decode": (_SUMS, *_LOGITS, *_NUMBERS),
+    "calibration": (
+        _SUMS,
+        *_gathered("neurons", "each chip multiplies its own neurons by all of them"),
+        Expected("all-reduce", "Gram matrix", "replicas add up what their windows give"),
+        *_NUMBERS,
+    ),
+    "least squares": (
+        *_gathered("whole Gram matrix", "every chip factors the matrix, and solves for its part of the hidden size"),
+        *_gathered("down in float32", "the right sides, and the solutions, change hands"),
+        Expected("all-to-all", "down in float32", "from neurons to hidden size and back"),
+        Expected("collective-permute", "whole Gram matrix", "a padded part changes hands"),
+        *_NUMBERS,
+    ),
 }
 
 
@@ -96,6 +113,10 @@ def largest(config: ModelConfig, mesh: MeshShape, tokens: int) -> dict[str, int]
     return {
         "scores": 4 * F,
         "extents": 3 * 4 * F,
+        "neurons": 4 * tokens * F,
+        "Gram matrix": 4 * F * F // mesh.model,
+        "whole Gram matrix": 4 * F * F,
+        "down in float32": 4 * F * D,
         "part of a matrix": F // mesh.model * (D + -D % mesh.model) * size,
         "hidden states": tokens * D * size,
         "logits": 4 * tokens * config.vocab_size,
@@ -120,7 +141,8 @@ def unexpected(found: Sequence[Collective], expected: Sequence[Expected], limits
 
 PRUNING = (*WEIGHT_CRITERIA, "fingerprint", "slice gate", "slice down")
 EVALUATION = ("rows", "extend", "append", "score tokens", "admit", "decode")
-EVERYTHING = (*PRUNING, *EVALUATION, "extend a long text")
+CALIBRATION = ("Gram matrix", "advance", "least squares", "sensitivity")
+EVERYTHING = (*PRUNING, *EVALUATION, *CALIBRATION, "extend a long text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +181,13 @@ class Case:
 # An evaluation has as many replicas as fit; pruning has one, divided over all chips.
 CASES: dict[str, Case] = {
     "1b-one-chip": Case("llama-3.2-1b", "v5e:1x1", MeshShape(1, 1), EVERYTHING),
+    "1b-calibration": Case("llama-3.2-1b", "v5e:2x4", MeshShape(2, 4), CALIBRATION),
     "1b-replicas": Case("llama-3.2-1b", "v5e:2x4", MeshShape(8, 1), EVALUATION),
     "1b-divided": Case("llama-3.2-1b", "v5e:2x4", MeshShape(1, 8)),
     "3b-replicas": Case("llama-3.2-3b", "v6e:2x4", MeshShape(8, 1), EVALUATION),
     "3b-divided": Case("llama-3.2-3b", "v6e:2x4", MeshShape(1, 8)),
     "8b-replicas": Case("llama-3.1-8b", "v5p:2x2x1", MeshShape(4, 1), EVALUATION),
+    "8b-calibration": Case("llama-3.1-8b", "v5p:2x2x1", MeshShape(1, 4), CALIBRATION),
     "8b-divided": Case("llama-3.1-8b", "v5p:2x2x1", MeshShape(1, 4), PRUNING),
     "70b-v5e": Case("llama-3.1-70b", "v5e:16x16", MeshShape(16, 16), EVALUATION),
     "70b-v5e-pruning": Case("llama-3.1-70b", "v5e:16x16", MeshShape(1, 256), PRUNING),
@@ -197,6 +221,7 @@ class Program(NamedTuple):
     args: tuple[Any, ...]
     expected: str
     tokens: int = 1
+    beside: int = 0  # bytes on each chip that live beside its arguments and results
 
 
 def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
@@ -227,6 +252,14 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
     sampling = Sampling(integers(8), number, number, array(jnp.uint32))
     row_tokens = case.rows * CHUNK
     asked = batch(R, row_tokens, D, dtype=DTYPE), batch(R, ASKED), batch(R, ASKED)
+    # Calibration runs a layer at a time, with the whole model and the residual stream beside it.
+    graphdef, layer = layer_parameters(config, mesh)
+    windows = R * BATCH_TOKENS // CHUNK
+    stream = batch(windows, CHUNK, D, dtype=DTYPE)
+    sums = Sums(*(array(jnp.float32, F, axes=("neurons",)),) * 3, array(jnp.float32, F, F, axes=("neurons", None)))
+    step = config, graphdef, layer
+    held = weights_on_a_chip(model[1]) + 2 * CALIBRATION_TOKENS // R * D * jnp.dtype(DTYPE).itemsize
+    mask = array(jnp.float32, F)
     return {
         **{name: Program(score_layer, (function, gate, gate), "score") for name, function in WEIGHT_CRITERIA.items()},
         "fingerprint": Program(mlp_extents, (gate, gate, down), "fingerprint"),
@@ -245,7 +278,36 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
             "admit",
         ),
         "decode": Program(decode, (*model, state, sampling, masks), "decode", SLOTS),
+        "Gram matrix": Program(
+            observe_layer, (*step, batch(windows, CHUNK), stream, sums), "calibration", BATCH_TOKENS, held
+        ),
+        "advance": Program(
+            advance_layer,
+            (graphdef, layer, down, batch(windows, CHUNK), stream, stream),
+            "calibration",
+            BATCH_TOKENS,
+            held,
+        ),
+        "least squares": Program(least_squares, (sums.gram, down, mask, number), "least squares", 1, held),
+        "sensitivity": Program(backward_layer, (*step, stream, stream), "calibration", BATCH_TOKENS, held),
     }
+
+
+def layer_parameters(config: ModelConfig, mesh: Mesh) -> tuple[Any, nnx.State[Any, Any]]:
+    """The graph of a decoder layer, and the shapes of its parameters."""
+    graphdef, state = nnx.split(abstract_model(config, DTYPE).layers[0])
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        shape = variable.get_value()
+        where = parameter_sharding(mesh, ("layers", 0, *path), shape.shape)
+        flat.append((path, variable.replace(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where))))
+    return graphdef, nnx.from_flat_state(flat)
+
+
+def weights_on_a_chip(state: nnx.State[Any, Any]) -> int:
+    """Bytes of a model that one chip holds."""
+    arrays = (variable.get_value() for _, variable in nnx.to_flat_state(state))
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
 def parameters(config: ModelConfig, mesh: Mesh) -> nnx.State[Any, Any]:
@@ -341,7 +403,8 @@ def compile_case(case: Case) -> Iterator[Result]:
             + memory.output_size_in_bytes
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes,
+            + memory.generated_code_size_in_bytes
+            + known[name].beside,
             flops=cost["flops"],
             accessed_bytes=cost["bytes accessed"],
             collectives=tuple(collectives(compiled.as_text())),

@@ -300,9 +300,9 @@ class Stream:
         graphdef, state = nnx.split(layer)
         attended = []
         with on(self._mesh):
-            sums: Sums = _zero_sums(layer.mlp.gate_proj.shape[0], gram)
+            sums: Sums = zero_sums(layer.mlp.gate_proj.shape[0], gram)
             for tokens, hidden in zip(self._batches, self._hidden, strict=True):
-                mid, sums = _observe(self._model.config, graphdef, state, tokens, hidden, sums)
+                mid, sums = observe_layer(self._model.config, graphdef, state, tokens, hidden, sums)
                 settle(self._mesh, sums)
                 attended.append(mid)
         self._attended = attended
@@ -327,7 +327,7 @@ class Stream:
             for number, (tokens, hidden) in enumerate(zip(self._batches, self._hidden, strict=True)):
                 seen = self._attended
                 mid = _attend(config, graphdef, state, hidden) if seen is None else seen[number]
-                out, turned = _advance(graphdef, state, down, tokens, hidden, mid)
+                out, turned = advance_layer(graphdef, state, down, tokens, hidden, mid)
                 settle(self._mesh, out)
                 behind.append(out)
                 influence += float(to_host(turned))
@@ -401,7 +401,8 @@ def _embed(embedding: Array, tokens: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _zero_sums(width: int, gram: bool) -> Sums:
+def zero_sums(width: int, gram: bool) -> Sums:
+    """Nothing added up yet, for `width` neurons; with a Gram matrix or without."""
     vectors = (constrain(jnp.zeros(width, jnp.float32), "neurons") for _ in range(3))
     matrix = constrain(jnp.zeros((width, width), jnp.float32), "neurons", None) if gram else None
     return Sums(next(vectors), next(vectors), next(vectors), matrix)
@@ -419,7 +420,19 @@ def _attend(config: ModelConfig, graphdef: Any, state: Any, x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _observe(config: ModelConfig, graphdef: Any, state: Any, tokens: Array, x: Array, sums: Sums) -> tuple[Array, Sums]:
+def observe_layer(
+    config: ModelConfig, graphdef: Any, state: Any, tokens: Array, x: Array, sums: Sums
+) -> tuple[Array, Sums]:
+    """The stream behind the attention of a layer, and its statistics added to `sums`, which is donated.
+
+    Args:
+      config: of the model.
+      graphdef: of the layer, as `nnx.split` gives it.
+      state: of the layer.
+      tokens: `[B, W]` int32, negative where there are none.
+      x: the residual stream in front of the layer, `[B, W, D]`.
+      sums: so far.
+    """
     layer: DecoderLayer = nnx.merge(graphdef, state)
     attended = _attended(config, layer, x)
     neurons = layer.mlp.neurons(layer.post_attention_layernorm(attended)).astype(jnp.float32)
@@ -439,7 +452,7 @@ def _observe(config: ModelConfig, graphdef: Any, state: Any, tokens: Array, x: A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _advance(
+def advance_layer(
     graphdef: Any, state: Any, down_proj: Array, tokens: Array, x: Array, attended: Array
 ) -> tuple[Array, Array]:
     """The stream behind the layer, and the sum over tokens of 1 - cos(x, it)."""
@@ -524,7 +537,7 @@ def sensitivities(
             gradient = _loss_gradient(config, _head(model), tokens, inputs.pop())
             settle(mesh, gradient)
             for i, (graphdef, state) in reversed(list(enumerate(parts))):
-                gradient, added = _backward(config, graphdef, state, inputs.pop(), gradient)
+                gradient, added = backward_layer(config, graphdef, state, inputs.pop(), gradient)
                 settle(mesh, gradient)
                 totals[i] = added if totals[i] is None else _add(totals[i], added)
             if on_batch:
@@ -553,7 +566,7 @@ def _loss_gradient(config: ModelConfig, head: dict[str, Array], tokens: Array, x
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(config: ModelConfig, graphdef: Any, state: Any, x: Array, gradient: Array) -> tuple[Array, Array]:
+def backward_layer(config: ModelConfig, graphdef: Any, state: Any, x: Array, gradient: Array) -> tuple[Array, Array]:
     """The gradient by the layer's input, and the sums over windows of the absolute gradients by its mask, `[F]`."""
     width = state["mlp"]["gate_proj"][...].shape[0]
     mask = constrain(jnp.ones((x.shape[0], 1, width), x.dtype), "batch", None, "neurons")

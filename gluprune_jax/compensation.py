@@ -29,6 +29,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
+from gluprune_jax import positive_definite
 from gluprune_jax.calibration import BATCH_TOKENS, Statistics, Stream
 from gluprune_jax.criteria import Criterion, find_criterion
 from gluprune_jax.errors import OperationError
@@ -67,13 +68,11 @@ def least_squares(gram: Array, down_proj: Array, mask: Array, damping: Array) ->
     matrix = constrain(kept * mask + jnp.diag(added))
     right = jnp.matmul(kept, (1 - mask)[:, None] * weights, precision="highest")
 
-    def solve(matrix: Array, right: Array) -> Array:
-        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix, lower=True), right)
-
+    solver = positive_definite.solve
     if is_divided():
         columns = PartitionSpec(None, RULES["columns"] if _divides(right.shape[1]) else None)  # type: ignore[no-untyped-call]
-        solve = per_shard(solve, (PartitionSpec(), columns), columns)  # type: ignore[no-untyped-call]
-    change = mask[:, None] * solve(matrix, right)
+        solver = per_shard(solver, (PartitionSpec(), columns), columns)  # type: ignore[no-untyped-call]
+    change = mask[:, None] * solver(matrix, right)
     new = (mask[:, None] * weights + change).astype(down_proj.dtype)
 
     def error(difference: Array) -> Array:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gluprune_jax.attention import KEY_BLOCK
+from gluprune_jax.calibration import BATCH_TOKENS
 from gluprune_jax.errors import RequestError
 from gluprune_jax.generation import STEPS_PER_CALL, slots_for
 from gluprune_jax.mesh import MeshShape, axis_sizes
@@ -73,9 +74,15 @@ class Pruning:
 
     Attributes:
       stream: whether the weights of only one layer are in memory at a time.
+      calibration: tokens of calibration text that the model is run on; 0 without.
+      window: tokens of one of its windows.
+      is_compensated: whether down projections are refitted, by Gram matrices.
     """
 
     stream: bool = False
+    calibration: int = 0
+    window: int = 512
+    is_compensated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +150,10 @@ def plan_memory(model: Llama, shape: MeshShape, use: Evaluation | Pruning) -> Me
             for i in range(config.num_hidden_layers)
         ]
         weights = max(layers) if use.stream else sum(parameters.values())
-        return MemoryPlan(shape, use, weights, 0, _pruning_workspace(config, mesh, max(layers)))
+        workspace = _pruning_workspace(config, mesh, max(layers))
+        if use.calibration:
+            workspace = max(workspace, _calibration_workspace(config, mesh, use, _itemsize(model)))
+        return MemoryPlan(shape, use, weights, 0, workspace)
     itemsize, weights = _itemsize(model), sum(parameters.values())
 
     def held(*rows: tuple[int, int]) -> int:
@@ -201,19 +211,10 @@ def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluati
     - decoding: 20 arrays of float32 logits, which sampling sorts whole; the keys and values of 16 steps, twice; and
       one block of the cache.
     """
-    replicas, D, K = mesh.shape["data"], config.hidden_size, config.num_key_value_heads
-    H, G = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    replicas, D, K, H = mesh.shape["data"], config.hidden_size, config.num_key_value_heads, config.head_dim
 
     def layer(rows: int, tokens: int) -> int:
-        def heads(size: int, itemsize: int) -> int:
-            axes = ("batch", "kv_heads", "query_group", None, None)
-            return _bytes(mesh, axes, (rows, K, G, tokens, size), itemsize)
-
-        stream = _bytes(mesh, ("batch", None, None), (rows, tokens, D), 4 * itemsize + 2 * 4)
-        width = max(config.stored_intermediate_sizes)
-        mlp = 3 * _bytes(mesh, ("batch", None, "neurons"), (rows, tokens, width), itemsize)
-        projected = 2 * heads(H, itemsize) + 4 * _bytes(mesh, CACHE_AXES, (rows, K, tokens, H), itemsize)
-        return stream + max(mlp, projected + 3 * heads(KEY_BLOCK, 4) + 5 * heads(H, 4))
+        return _layer_workspace(config, mesh, itemsize, rows, tokens, keys=KEY_BLOCK)
 
     def logits(tokens: int, *axes: str | None) -> int:
         return _bytes(mesh, axes, (replicas, tokens, config.vocab_size), 4)
@@ -228,6 +229,41 @@ def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluati
     hidden = _BATCHES * _bytes(mesh, ("batch", None, None), (rows, chunk, D), itemsize)
     masks = 4 * sum(config.stored_intermediate_sizes)
     return masks + hidden + max(in_rows, in_chunk, in_scoring, in_decoding)
+
+
+def _layer_workspace(config: ModelConfig, mesh: AbstractMesh, itemsize: int, rows: int, tokens: int, keys: int) -> int:
+    """What a layer holds of `rows` of `tokens`, each of which is compared with `keys` at a time."""
+    D, K, H = config.hidden_size, config.num_key_value_heads, config.head_dim
+    G = config.num_attention_heads // K
+
+    def heads(size: int, itemsize: int) -> int:
+        axes = ("batch", "kv_heads", "query_group", None, None)
+        return _bytes(mesh, axes, (rows, K, G, tokens, size), itemsize)
+
+    stream = _bytes(mesh, ("batch", None, None), (rows, tokens, D), 4 * itemsize + 2 * 4)
+    width = max(config.stored_intermediate_sizes)
+    mlp = 3 * _bytes(mesh, ("batch", None, "neurons"), (rows, tokens, width), itemsize)
+    projected = 2 * heads(H, itemsize) + 4 * _bytes(mesh, CACHE_AXES, (rows, K, tokens, H), itemsize)
+    return stream + max(mlp, projected + 3 * heads(keys, 4) + 5 * heads(H, 4))
+
+
+def _calibration_workspace(config: ModelConfig, mesh: AbstractMesh, use: Pruning, itemsize: int) -> int:
+    """The residual stream in front of a layer and within it, and the larger of two programs:
+
+    - a batch: a layer, and its neurons in float32, of which a device needs all for its part of the Gram matrix, once
+      more as they are and once added up;
+    - the refitting: the Gram matrix whole, four times, and the down projection in float32, four times.
+    """
+    replicas, D, width = mesh.shape["data"], config.hidden_size, max(config.stored_intermediate_sizes)
+    windows = -(-use.calibration // use.window)
+    stream = 2 * _bytes(mesh, ("batch", None, None), (-(-windows // replicas) * replicas, use.window, D), itemsize)
+    rows = replicas * max(1, BATCH_TOKENS // use.window)
+    batch = _layer_workspace(config, mesh, itemsize, rows, use.window, keys=use.window)
+    batch += 2 * _bytes(mesh, ("batch", None, None), (rows, use.window, width), 4)
+    if not use.is_compensated:
+        return stream + batch
+    part = _bytes(mesh, ("neurons", None), (width, width), 4)
+    return stream + part + max(part + batch, 4 * 4 * width * width + 4 * 4 * width * D)
 
 
 def _pruning_workspace(config: ModelConfig, mesh: AbstractMesh, layer: int) -> int:
@@ -305,7 +341,7 @@ def _remedies(model: Llama, plan: MemoryPlan, capacity: int) -> Iterator[tuple[s
     if other := next((other for other in spread if fits(other)), None):
         yield "--mesh", f"--mesh {other}"
     if isinstance(use, Pruning):
-        if not use.stream and fits(use=Pruning(stream=True)):
+        if not (use.stream or use.calibration) and fits(use=Pruning(stream=True)):
             yield "--stream", "--stream"
     else:
         rows = max(use.rows, use.slots)

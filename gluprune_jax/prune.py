@@ -262,17 +262,27 @@ def _streams(args: argparse.Namespace) -> bool:
 def _use_in_memory(args: argparse.Namespace) -> Evaluation | Pruning:
     """What the devices need memory for, where the model is loaded."""
     if not args.evaluate and args.sample is None:
-        return Pruning()
+        return _pruning(args)
     decoded = 0 if args.sample is None else _PROMPT_TOKENS + args.sample_tokens
     on_cpu = args.device_memory is None and jax.default_backend() == "cpu"
     return Evaluation(cached=max(args.window, decoded), decoded=decoded, slots=1, on_cpu=on_cpu)
+
+
+def _pruning(args: argparse.Namespace) -> Pruning:
+    if not args.calibration:
+        return Pruning(stream=_streams(args))
+    return Pruning(
+        calibration=args.calibration_tokens,
+        window=args.calibration_window,
+        is_compensated=args.compensate != "none",
+    )
 
 
 def _plan_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Shows what the model will take of each device, before any of it is loaded."""
     model = convert.describe(args.model, dtype=args.dtype, revision=args.revision)
     size = devices.capacity(args)
-    plan = devices.plan(args, model, [Pruning(stream=_streams(args))], size)  # a dry run measures nothing
+    plan = devices.plan(args, model, [_pruning(args)], size)  # a dry run measures nothing
     if not args.json:
         show_plan(plan, size, _console())
     devices.check(args, model, plan, size)

@@ -370,7 +370,7 @@ def test_statistics_that_are_not_numbers_name_the_layer(windows: NDArray[np.int3
 def test_one_program_serves_all_layers_and_one_gram_matrix_exists(
     model: Llama, windows: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = calibration._observe
+    compiled = calibration.observe_layer
     compiled.clear_cache()
     stream = Stream(model, windows, batch_tokens=16)
     for i in range(3):

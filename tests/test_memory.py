@@ -19,6 +19,8 @@ from rich.console import Console
 
 from evals.engine import rows, score_tokens
 from gluprune_jax import memory
+from gluprune_jax.calibration import advance_layer, observe_layer, zero_sums
+from gluprune_jax.compensation import least_squares
 from gluprune_jax.errors import RequestError
 from gluprune_jax.generation import Sampling, decode, empty_state, slots_for
 from gluprune_jax.memory import (
@@ -208,6 +210,35 @@ def test_the_workspace_of_bfloat16_on_cpus() -> None:
     use = Evaluation(512, 512, rows=1, on_cpu=True)
     used = temporaries(MID, MeshShape(1, 1), use, jnp.bfloat16)
     assert max(used.values()) <= plan_memory(abstract_model(MID, jnp.bfloat16), MeshShape(1, 1), use).workspace
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("is_compensated", [False, True])
+def test_the_workspace_of_calibration_is_above_what_compiled_programs_use(
+    shape: tuple[int, int], is_compensated: bool
+) -> None:
+    use = Pruning(calibration=8192, is_compensated=is_compensated)
+    model, mesh = Llama(MID, rngs=None, dtype=jnp.float32), None
+    if shape != (1, 1):
+        mesh = make_mesh(MeshShape(*shape), MID.num_key_value_heads)
+        model = shard_model(model, mesh)
+    graphdef, state = nnx.split(model.layers[0])
+    windows = place(mesh, jnp.zeros((4 * shape[0], 512), jnp.int32), "batch", None)
+    x = place(mesh, jnp.zeros((4 * shape[0], 512, MID.hidden_size)), "batch", None, None)
+    down = model.layers[0].mlp.down_proj[...]
+    with on(mesh):
+        sums = zero_sums(1536, is_compensated)
+        lowered = {"observe": observe_layer.lower(model.config, graphdef, state, windows, x, sums)}
+        lowered["advance"] = advance_layer.lower(graphdef, state, down, windows, x, x)
+        if is_compensated:
+            lowered["refit"] = least_squares.lower(sums.gram, down, jnp.ones(1536), jnp.float32(1))
+        analyses = {name: program.compile().memory_analysis() for name, program in lowered.items()}
+    # Beside a program's temporary arrays: the residual stream, and the Gram matrix that it adds to or refits by.
+    stream = 2 * 16 // shape[0] * 512 * MID.hidden_size * 4
+    gram = 0 if sums.gram is None else sums.gram.addressable_shards[0].data.nbytes
+    used = {name: analysis.temp_size_in_bytes + stream + gram for name, analysis in analyses.items()}
+    planned = plan_memory(abstract_model(MID), MeshShape(*shape), use).workspace
+    assert max(used.values()) <= planned <= 4 * max(used.values()), used
 
 
 # -------------------------------------------------------------------------------------------------------- choice
