@@ -29,7 +29,7 @@ from gluprune_jax.allocation import FLOOR
 from gluprune_jax.atomic import write_file_atomic
 from gluprune_jax.calibration import describe_windows
 from gluprune_jax.criteria import find_criterion, inputs_of
-from gluprune_jax.distributed import check_same, failing_together, is_main
+from gluprune_jax.distributed import broadcast_from_main, check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import fingerprint
@@ -117,11 +117,12 @@ def _compare(args: argparse.Namespace) -> None:
             mesh=devices.chooses(args, [_use(args)]),
             progress=progress,
         )
-    windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
+    with failing_together():
+        windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
+        meter = _Meter(args, checkpoint, texts)
     chooser = methods.Chooser(
         checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
     )
-    meter = _Meter(args, checkpoint, texts)
     results = Results.open(
         None if args.output is None else args.output / RESULTS_FILE,
         {
@@ -138,13 +139,10 @@ def _compare(args: argparse.Namespace) -> None:
         if not args.json:
             terminal.stderr().print(f"note: {_sentence(row)}", style="dim", markup=False)
     report = results.document
-    if args.output is not None and is_main():
-        write_file_atomic(args.output / TABLE_FILE, as_csv(report).encode(), overwrite=True)
-        if importlib.util.find_spec("matplotlib"):
-            for name in PLOT_FILES:
-                plot(report, args.output / name)
-        else:
-            terminal.stderr().print("note: no plot, for it needs matplotlib: pip install 'gluprune-jax[plots]'")
+    if args.output is not None:
+        with failing_together():
+            if is_main():
+                _write_tables(report, args.output)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -153,6 +151,15 @@ def _compare(args: argparse.Namespace) -> None:
             console.print(table)
         for definition in report["evaluation"]["perplexity"].values():
             console.print(definition, style="dim", markup=False)
+
+
+def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
+    write_file_atomic(folder / TABLE_FILE, as_csv(report).encode(), overwrite=True)
+    if importlib.util.find_spec("matplotlib"):
+        for name in PLOT_FILES:
+            plot(report, folder / name)
+    else:
+        terminal.stderr().print("note: no plot, for it needs matplotlib: pip install 'gluprune-jax[plots]'")
 
 
 # ------------------------------------------------------------------------------------------------- what is asked
@@ -202,6 +209,9 @@ class Results:
     def open(cls, path: Path | None, about: Mapping[str, Any], *, overwrite: bool) -> "Results":
         """Those in `path`, if they are of the same comparison; else new ones.
 
+        With several processes all must call it, and all get the rows of the first one, which writes the file: with
+        others, say where the folder is not shared, they would not compute the same, and wait for each other for ever.
+
         Raises:
           RequestError: the file is of another comparison, or of something else, and `overwrite` is false.
           OperationError: it cannot be read.
@@ -209,7 +219,7 @@ class Results:
         document = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **about}))
         found = None
         with failing_together():
-            if path is not None and path.exists():
+            if is_main() and path is not None and path.exists():
                 try:
                     found = json.loads(path.read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
@@ -223,7 +233,8 @@ class Results:
                             f"replace it with --overwrite"
                         )
                     found = None
-        return cls(path, {**document, "rows": [] if found is None else found["rows"]})
+        rows = broadcast_from_main(json.dumps([] if found is None else found["rows"]).encode())
+        return cls(path, {**document, "rows": json.loads(rows)})
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row of a method, target and seed, if it is known."""
@@ -333,8 +344,9 @@ def _benchmarks(args: argparse.Namespace, checkpoint: convert.Checkpoint, masks:
     from evals.suites import resolve_tasks, task_manager
 
     names = args.tasks.split(",")
-    manager = task_manager(names)
-    loaded = load_benchmarks(resolve_tasks(names, manager), manager, data_dir=data_folder(args.data_dir))
+    with failing_together():
+        manager = task_manager(names)
+        loaded = load_benchmarks(resolve_tasks(names, manager), manager, data_dir=data_folder(args.data_dir))
     lm = GlupruneLM.from_checkpoint(checkpoint, neuron_masks=masks)
     return {
         result.title: {"metric": result.metric, "items": result.num_items, **result.metrics[result.metric]}

@@ -165,6 +165,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             raise _no_random_baseline()
         memory = _plan_memory(args) if args.dry_run else None
     check_same(f"--plan {args.plan}", [] if plan is None else [plan.to_json().encode()])
+    check_same(f"--statistics {args.statistics}", [] if statistics is None else statistics.parts())
     check_same("the texts of --evaluate", (text.encode() for text in texts))
     check_same("the texts of --calibration", (json.dumps(document).encode() for document in documents))
     clock = _Clock()
@@ -183,10 +184,12 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             terminal.stderr().print(f"note: {note}", style="dim", markup=False)
     clock.lap("load")
 
+    with failing_together():
+        windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
     chooser = methods.Chooser(
         model,
         checkpoint.mlp_weights,
-        windows=methods.calibration_windows(checkpoint, documents, args) if documents else None,
+        windows=windows,
         names=args.calibration or (),
         statistics=statistics,
     )
@@ -437,9 +440,9 @@ def _choose(args: argparse.Namespace, checkpoint: convert.Checkpoint, chooser: m
     if args.drop_least is not None and (found := chooser.statistics()):
         found.check_fits(checkpoint.config, pruned.plan.fingerprint)
     if args.statistics_out and not args.dry_run:
+        statistics = chooser.statistics()  # all compute it together: one that fails alone must not wait for the others
+        assert statistics is not None  # there is calibration text
         with failing_together():
-            statistics = chooser.statistics()
-            assert statistics is not None  # there is calibration text
             if is_main():
                 statistics.save(args.statistics_out, overwrite=args.overwrite)
     return pruned

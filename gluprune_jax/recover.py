@@ -125,17 +125,22 @@ def _recover(args: argparse.Namespace, command: str) -> None:
         if is_main():
             _check_outputs(args, checkpoints_at, log)
         documents = [document for name in args.data for document in read_documents(name, "--data")]
-        mesh = _plan(args, recipe)
+        models, own = _describe(args, recipe), devices.capacity(args)
+    # Between the two: one that fails in a block must not do so while the others tell each other something else.
+    smallest = least(-1 if own is None else own)  # all must choose the same mesh
+    with failing_together():
+        mesh = _choose_mesh(args, recipe, models, None if smallest < 0 else smallest)
     check_same("the training data", (json.dumps(document).encode() for document in documents))
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(args.model, mesh=lambda model: mesh, progress=progress)
         teacher = _load_teacher(args, mesh, progress)
-    tokenizer = load_tokenizer(checkpoint)
-    if teacher is not None:
-        _check_vocabularies(args, tokenizer, teacher)
-    with terminal.count_progress("tokenizing", len(documents), "documents") as progress_of_tokens:
-        encoded = encode_documents(tokenizer, documents, on_document=progress_of_tokens)
-    windows = pack(encoded, args.window, separator(checkpoint, tokenizer))
+    with failing_together():
+        tokenizer = load_tokenizer(checkpoint)
+        if teacher is not None:
+            _check_vocabularies(args, tokenizer, teacher)
+        with terminal.count_progress("tokenizing", len(documents), "documents") as progress_of_tokens:
+            encoded = encode_documents(tokenizer, documents, on_document=progress_of_tokens)
+        windows = pack(encoded, args.window, separator(checkpoint, tokenizer))
     student, teacher_model = checkpoint.model, None if teacher is None else teacher.model
     settings = run_settings(args.train, recipe, student, teacher_model, windows)
     recovery = Recovery(student, teacher_model, windows, recipe)
@@ -256,22 +261,26 @@ def _check_outputs(args: argparse.Namespace, checkpoints: Path, log: Path) -> No
     check_file(log, overwrite=True)
 
 
-def _plan(args: argparse.Namespace, recipe: Recipe) -> Mesh | None:
-    """The mesh to train on, after what can be checked before a weight is read."""
-    asked, own = parse_mesh(args.mesh), devices.capacity(args)
+def _describe(args: argparse.Namespace, recipe: Recipe) -> tuple[Llama, Llama | None]:
+    """The model and its teacher without their weights, after what can be checked before one is read."""
+    parse_mesh(args.mesh)
     student = convert.describe(args.model)
     teacher = None if args.teacher is None else convert.describe(args.teacher, dtype=_teacher_dtype(args))
     recipe.check(student.config, None if teacher is None else teacher.config, args.window, 1)
     if args.train == "lora":
         check_rank(student.config, args.lora_rank)
-    smallest = least(-1 if own is None else own)  # all must choose the same mesh
+    return student, teacher
+
+
+def _choose_mesh(
+    args: argparse.Namespace, recipe: Recipe, models: tuple[Llama, Llama | None], capacity: int | None
+) -> Mesh | None:
     return choose_training_mesh(
-        student,
-        teacher,
+        *models,
         recipe,
         args.window,
-        asked=asked,
-        capacity=None if smallest < 0 else smallest,
+        asked=parse_mesh(args.mesh),
+        capacity=capacity,
         is_shared=args.device_memory is None and jax.default_backend() == "cpu",
     )
 
