@@ -10,6 +10,7 @@ import pytest
 from convert.__main__ import parser as convert_parser
 from convert.hf_config import INERT_KEYS, ONLY_THESE_VALUES
 from evals.__main__ import parser as evals_parser
+from gluprune_jax.compare import parser as compare_parser
 from gluprune_jax.criteria import CRITERIA
 from gluprune_jax.prune import parser as prune_parser
 from gluprune_jax.recover import parser as recover_parser
@@ -46,6 +47,10 @@ def test_every_command_of_the_readme_is_understood() -> None:
     assert commands
     for command in commands:
         recover_parser().parse_args(shlex.split(command))
+    commands = re.findall(r"^python -m gluprune_jax\.compare (.*)$", shell, re.MULTILINE)
+    assert commands
+    for command in commands:
+        compare_parser().parse_args(shlex.split(command))
     examples = re.findall(r"^  python -m convert (\S+ \S+(?: --format \S+)?)", convert_parser().format_help(), re.M)
     assert len(examples) == 3
     for example in examples:
@@ -59,7 +64,8 @@ def test_nothing_is_left_to_fill_in() -> None:
 def test_the_options_of_the_readme_exist() -> None:
     known = set(
         re.findall(
-            r"--[a-z-]+", "".join(parser().format_help() for parser in (prune_parser, recover_parser, evals_parser))
+            r"--[a-z-]+",
+            "".join(parser().format_help() for parser in (prune_parser, recover_parser, evals_parser, compare_parser)),
         )
     )
     assert set(re.findall(r"(?<=`)--[a-z-]+", README)) <= known
