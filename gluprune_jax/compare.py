@@ -213,28 +213,24 @@ class Results:
         others, say where the folder is not shared, they would not compute the same, and wait for each other for ever.
 
         Raises:
-          RequestError: the file is of another comparison, or of something else, and `overwrite` is false.
+          RequestError: the file is of another comparison and `overwrite` is false, or it is of something else.
           OperationError: it cannot be read.
         """
         document = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **about}))
-        found = None
+        rows: list[Any] = []
         with failing_together():
             if is_main() and path is not None and path.exists():
-                try:
-                    found = json.loads(path.read_text(encoding="utf-8"))
-                except (OSError, ValueError) as error:
-                    raise OperationError(f"{path} cannot be read: {error}; remove it to start anew") from error
-                theirs = {key: value for key, value in found.items() if key != "rows"}
-                if theirs != document:
-                    different = next(key for key in {**document, **theirs} if document.get(key) != theirs.get(key))
+                found = _read(path)
+                rows = found.pop("rows")
+                if found != document:
+                    different = next(key for key in {**document, **found} if document.get(key) != found.get(key))
                     if not overwrite:
                         raise RequestError(
                             f"{path} is of another comparison: its {different} differs; choose another --output, or "
                             f"replace it with --overwrite"
                         )
-                    found = None
-        rows = broadcast_from_main(json.dumps([] if found is None else found["rows"]).encode())
-        return cls(path, {**document, "rows": json.loads(rows)})
+                    rows = []
+        return cls(path, {**document, "rows": json.loads(broadcast_from_main(json.dumps(rows).encode()))})
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row of a method, target and seed, if it is known."""
@@ -249,6 +245,16 @@ class Results:
                 if is_main():
                     self._path.parent.mkdir(parents=True, exist_ok=True)
                     write_file_atomic(self._path, json.dumps(self.document, indent=1).encode(), overwrite=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OperationError(f"{path} cannot be read: {error}; remove it to start anew") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("rows"), list):
+        raise RequestError(f"{path} is no comparison and is not replaced; choose another --output")
+    return found
 
 
 def run(

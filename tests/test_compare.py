@@ -200,6 +200,11 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
     assert "is of another comparison: its multiple_of differs" in err
     changed = report(capsys, *plain, "--methods", "ppm", "--multiple-of", 4, "--output", out_folder, "--overwrite")
     assert changed["multiple_of"] == 4
+    for other in ("[]", '{"rows": []}'):
+        (out_folder / "comparison.json").write_text(other)
+        status, _, err = run(capsys, *plain, "--methods", "ppm", "--output", out_folder, "--overwrite")
+        assert status == 2
+        assert "is no comparison and is not replaced" in err
     (out_folder / "comparison.json").write_text("{")
     status, _, err = run(capsys, *plain, "--methods", "ppm", "--output", out_folder)
     assert status == 1
