@@ -521,7 +521,7 @@ def sensitivities(
     windows: NDArray[np.int32],
     *,
     batch_tokens: int = BATCH_TOKENS,
-    on_batch: Callable[[int], None] | None = None,
+    on_windows: Callable[[int], None] | None = None,
 ) -> list[NDArray[np.float32]]:
     """First-order effect of each neuron on the loss (Molchanov et al., arXiv 1611.06440), for each layer `[F]` float32.
 
@@ -533,7 +533,7 @@ def sensitivities(
       model: the model, on any mesh.
       windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
       batch_tokens: how many tokens a replica computes at once.
-      on_batch: called with the index of each batch that is done.
+      on_windows: called with how many windows are done.
 
     Raises:
       RequestError: as for `Stream`.
@@ -542,7 +542,7 @@ def sensitivities(
     totals: list[Any] = [None] * config.num_hidden_layers
     parts = [nnx.split(layer) for layer in model.layers]
     with on(mesh):
-        for number, tokens in enumerate(batches(model, windows, batch_tokens)):
+        for number, tokens in enumerate(batches(model, windows, batch_tokens), start=1):
             inputs = [_embed(model.embed_tokens[...], tokens)]
             for graphdef, state in parts:
                 inputs.append(_forward(config, graphdef, state, inputs[-1]))
@@ -553,8 +553,8 @@ def sensitivities(
                 gradient, added = backward_layer(config, graphdef, state, inputs.pop(), gradient)
                 settle(mesh, gradient)
                 totals[i] = added if totals[i] is None else _add(totals[i], added)
-            if on_batch:
-                on_batch(number)
+            if on_windows:
+                on_windows(min(number * tokens.shape[0], len(windows)))
     return [
         (np.asarray(to_host(total))[:width] / len(windows)).astype(np.float32)
         for total, width in zip(totals, config.intermediate_sizes, strict=True)

@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     ways.add_argument(
         "--floor", type=float, default=FLOOR, metavar="X", help="the least share a layer keeps, if they differ"
     )
+    ways.add_argument("--by-layer", action="store_true", help="prune each layer alone: which layers a method harms")
     ways.add_argument("--seeds", type=int, default=5, metavar="N", help="of random neurons; tables show the median")
     methods.add_calibration_arguments(parser)
     measure = parser.add_argument_group("what is measured")
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(args: argparse.Namespace) -> None:
     wanted = [Method.parse(text, floor=args.floor) for text in args.methods]
     targets = _targets(args)
-    _check_request(args, wanted)
+    _check_request(args, wanted, targets)
     with failing_together():
         texts = {name: evaluation_text(name) for name in args.evaluate}
         documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
@@ -117,6 +118,8 @@ def _compare(args: argparse.Namespace) -> None:
             mesh=devices.chooses(args, [_use(args)]),
             progress=progress,
         )
+    if args.by_layer:
+        targets = [{**targets[0], "layers": (i,)} for i in range(checkpoint.config.num_hidden_layers)]
     with failing_together():
         windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
         meter = _Meter(args, checkpoint, texts)
@@ -132,6 +135,7 @@ def _compare(args: argparse.Namespace) -> None:
             "evaluation": meter.about(),
             "multiple_of": args.multiple_of,
             "floor": args.floor,
+            "by_layer": args.by_layer,
         },
         overwrite=args.overwrite,
     )
@@ -173,7 +177,7 @@ def _targets(args: argparse.Namespace) -> list[dict[str, Any]]:
     return targets
 
 
-def _check_request(args: argparse.Namespace, wanted: Sequence[Method]) -> None:
+def _check_request(args: argparse.Namespace, wanted: Sequence[Method], targets: Sequence[Mapping[str, Any]]) -> None:
     if not args.evaluate and args.tasks is None:
         raise RequestError("nothing to measure: give --evaluate TEXT or --tasks LIST")
     if args.tasks is None and (args.limit is not None or args.data_dir is not None):
@@ -184,6 +188,10 @@ def _check_request(args: argparse.Namespace, wanted: Sequence[Method]) -> None:
             raise RequestError(f"--{flag.replace('_', '-')} is {value}; it must be at least {least}")
     if doubled := [text for text in args.methods if args.methods.count(text) > 1]:
         raise RequestError(f"--methods has {doubled[0]} twice; give each once")
+    if args.by_layer and len(targets) > 1:
+        raise RequestError("--by-layer prunes each layer to one size; give a single one")
+    if args.by_layer and (uneven := [str(method) for method in wanted if method.allocation != "uniform"]):
+        raise RequestError(f"--by-layer prunes one layer at a time, and {uneven[0]} divides a budget over several")
     methods.check_calibration_request(args, wanted)
 
 
@@ -281,14 +289,17 @@ def run(
             for batch in batches:
                 for number, pruned in zip(batch, chooser.choose(seeded, [targets[n] for n in batch]), strict=True):
                     about = {"expansion_ratio": meter.expansion_ratio(pruned), "widths": list(pruned.plan.widths)}
+                    if "layers" in targets[number]:
+                        about["layer"] = targets[number]["layers"][0]
                     results.add({**keys[number], **about, **pruned.record(), **meter.measure(pruned)})
                     yield results.document["rows"][-1]
 
 
 def spell(target: Mapping[str, Any]) -> str:
-    """A target as tables show it: "20 %", "2.4x", "4096"."""
+    """A target as tables show it: "20 %", "2.4x", "4096", "20 % of layer 3"."""
     (kind,) = (name for name in _TARGETS if name in target)
-    return _TARGETS[kind].format(target[kind])
+    where = f" of layer {target['layers'][0]}" if "layers" in target else ""
+    return _TARGETS[kind].format(target[kind]) + where
 
 
 class _Meter:
@@ -401,12 +412,24 @@ def tables(report: Mapping[str, Any]) -> Iterator[Table]:
         assert dense is not None
         digits = 2 if title.startswith("token perplexity") else 4
         table = Table(title=f"{title} (dense {dense:,.{digits}f})", title_justify="left")
-        table.add_column("method")
-        for target in targets:
-            table.add_column(target, justify="right")
-        for method, by_target in summary(report, value).items():
-            cells = (by_target.get(target) for target in targets)
-            table.add_row(_named(report, method), *("" if cell is None else f"{cell:,.{digits}f}" for cell in cells))
+        found = summary(report, value)
+        cells = {
+            (method, target): "" if number is None else f"{number:,.{digits}f}"
+            for method, by_target in found.items()
+            for target in targets
+            for number in [by_target.get(target)]
+        }
+        table.add_column("" if report["by_layer"] else "method")
+        if report["by_layer"]:  # of layers there are more than fit beside each other
+            for method in found:
+                table.add_column(_named(report, method), justify="right")
+            for target in targets:
+                table.add_row(target, *(cells[method, target] for method in found))
+        else:
+            for target in targets:
+                table.add_column(target, justify="right")
+            for method in found:
+                table.add_row(_named(report, method), *(cells[method, target] for target in targets))
         yield table
 
 
@@ -428,22 +451,24 @@ def as_csv(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draws each measure against the expansion ratio, a line for each method; perplexities on a log axis."""
+    """Draws each measure against the expansion ratio or the layer, a line a method; perplexities on a log axis."""
     figure_module, canvas = (importlib.import_module(f"matplotlib.{name}") for name in ("figure", "ticker"))
     found = measures(report)
     figure = figure_module.Figure(figsize=(6.4, 4.2 * len(found)), layout="constrained")
     for axes, (title, value) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found, strict=True):
         rows, dense = report["rows"], value(report["rows"][0])
-        ratios = {row["target"]: row["expansion_ratio"] for row in rows}
+        by_layer = report["by_layer"]
+        places = {row["target"]: row["layer"] if by_layer else row["expansion_ratio"] for row in rows if row["target"]}
         for number, (method, by_target) in enumerate(summary(report, value).items()):
-            points = sorted((ratios[target], cell) for target, cell in by_target.items())
+            points = sorted((places[target], cell) for target, cell in by_target.items())
             axes.plot(*zip(*points, strict=True), marker="os^Dv<>P*X"[number % 10], label=_named(report, method))
         axes.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
         if title.startswith("token perplexity"):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(canvas.StrMethodFormatter("{x:g}"))
-        axes.invert_xaxis()
-        axes.set(title=title, xlabel="expansion ratio (intermediate size / hidden size)")
+        if not by_layer:
+            axes.invert_xaxis()
+        axes.set(title=title, xlabel="layer" if by_layer else "expansion ratio (intermediate size / hidden size)")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 

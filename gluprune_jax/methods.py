@@ -136,11 +136,12 @@ class Chooser:
     def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
         """Those of the model: given, or collected when they are first asked for; None without calibration text."""
         if self._statistics is None and self._windows is not None:
-            with self._layers("calibrating") as progress:
-                self._statistics = collect(self._model, self._windows, names=self._names, on_layer=progress)
+            with self._layers("calibrating") as on_layer:
+                self._statistics = collect(self._model, self._windows, names=self._names, on_layer=on_layer)
         found = self._statistics
         if found is not None and sensitivity and found.layers[0].sensitivity is None and self._windows is not None:
-            values = sensitivities(self._model, self._windows)
+            with terminal.count_progress("going back through the layers", len(self._windows), "windows") as progress:
+                values = sensitivities(self._model, self._windows, on_windows=progress)
             layers = [dataclasses.replace(a, sensitivity=b) for a, b in zip(found.layers, values, strict=True)]
             self._statistics = dataclasses.replace(found, layers=tuple(layers))
         return self._statistics

@@ -104,6 +104,25 @@ def test_tables_files_and_plot(folder: Path, argv: list[object], tmp_path: Path,
     assert "random (median of 3)" in (out / "comparison.svg").read_text()
 
 
+def test_layer_by_layer(folder: Path, argv: list[object], tmp_path: Path, capsys: Capture) -> None:
+    options = [*argv[:-5], "--prune-percent", 40, "--seeds", 1]
+    methods_asked = ("--methods", "ppm", "hybrid+least-squares")
+    status, text, err = run(capsys, *options, *methods_asked, "--by-layer", "--output", tmp_path / "out")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"][1:]
+    assert [(row["method"], row["layer"]) for row in rows] == [
+        (method, i) for method in methods_asked[1:] for i in range(3)
+    ]
+    for row in rows:
+        assert [width < 83 for width in row["widths"]] == [i == row["layer"] for i in range(3)]
+    assert "40 % of layer 2" in text
+    assert (tmp_path / "out" / "comparison.png").exists()
+    status, _, err = run(capsys, *argv, *methods_asked, "--by-layer")
+    assert (status, "--by-layer prunes each layer to one size" in err) == (2, True)
+    status, _, err = run(capsys, *options, "--methods", "hybrid+global", "--by-layer")
+    assert (status, "and hybrid+global divides a budget over several" in err) == (2, True)
+
+
 def test_neurons_are_scored_once_and_programs_compiled_once(
     argv: list[object], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
