@@ -20,7 +20,7 @@ import convert
 from evals.perplexity import perplexity
 from gluprune_jax import calibration
 from gluprune_jax.calibration import LayerStatistics, Statistics, Stream, collect, sensitivities
-from gluprune_jax.criteria import CRITERIA, WEIGHT_CRITERIA, find_criterion, inputs_of
+from gluprune_jax.criteria import CRITERIA, find_criterion, inputs_of
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import is_data_driven, score
 from gluprune_jax.mesh import MeshShape, make_mesh, shard_model
@@ -89,8 +89,8 @@ def test_the_gram_matrix_is_that_of_the_activations(model: Llama, windows: NDArr
         stream.advance(i)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.permutations(range(5)), st.sampled_from([1, 16, 32, 48, 2048]), st.integers(0, 3))
+@settings(max_examples=8, deadline=None)
+@given(st.permutations(range(5)), st.sampled_from([1, 32, 2048]), st.sampled_from([0, 3]))
 def test_batches_their_order_and_padding_do_not_matter(
     model: Llama, windows: NDArray[np.int32], order: list[int], batch_tokens: int, padding: int
 ) -> None:
@@ -171,7 +171,8 @@ def test_sensitivity_is_the_gradient_by_a_mask(model: Llama, windows: NDArray[np
         return -jnp.take_along_axis(log_probs[:-1], tokens[1:, None], 1).sum()
 
     masks = tuple(jnp.ones(83) for _ in range(3))
-    grads = [jax.grad(loss)(masks, jnp.asarray(window[window >= 0])) for window in windows]
+    gradient = jax.jit(jax.grad(loss))
+    grads = [gradient(masks, jnp.asarray(window[window >= 0])) for window in windows]
     expected = [np.mean([abs(np.asarray(grad[i])) for grad in grads], axis=0) for i in range(3)]
     for found, wanted in zip(sensitivities(model, windows, batch_tokens=32), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * wanted.max())
@@ -218,15 +219,13 @@ def test_hybrid_is_optipfairs_on_one_batch(model: Llama, windows: NDArray[np.int
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - WEIGHT_CRITERIA.keys()))
-def test_meshes_give_the_same_scores(
-    model: Llama, windows: NDArray[np.int32], shape: MeshShape, criterion: str
-) -> None:
+def test_meshes_give_the_same_scores(model: Llama, windows: NDArray[np.int32], shape: MeshShape) -> None:
     statistics = collect(model, windows, sensitivity=True)
     sharded = shard_model(model, make_mesh(shape, model.config.num_key_value_heads))
-    one = score(model, criterion, statistics=statistics).values
-    many = score(sharded, criterion, statistics=statistics).values
-    assert [v.tobytes() for v in many] == [v.tobytes() for v in one]
+    for criterion in CRITERIA:
+        one = score(model, criterion, statistics=statistics).values
+        many = score(sharded, criterion, statistics=statistics).values
+        assert [v.tobytes() for v in many] == [v.tobytes() for v in one], criterion
 
 
 def test_a_criterion_of_ones_own(model: Llama, windows: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch) -> None:
