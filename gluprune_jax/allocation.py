@@ -29,7 +29,7 @@ ALLOCATIONS = ("uniform", "global", "measured")
 FLOOR = 0.2
 EXPONENT = 2.0
 # Tokens that the loss is measured on, for each layer: the whole takes L / 2 forward passes over them.
-COST_TOKENS = 8192
+COST_TOKENS = 4096
 
 
 def by_score(
@@ -146,7 +146,7 @@ def layer_costs(
       windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
       plan: which neurons are kept where a layer is pruned; 0 is the cost of a layer that it leaves whole.
       grams: the Gram matrix of each layer (`calibration.gram_matrices`), where the pruned layer is to be refitted.
-      cost_tokens: the loss is taken on the first windows, of about so many tokens.
+      cost_tokens: the loss is taken on windows of about so many tokens in all.
       batch_tokens: how many tokens a replica computes at once.
       on_layer: called with the index of each layer that is done.
 
@@ -155,7 +155,9 @@ def layer_costs(
     """
     plan.check_fits(model.config)
     L, mesh, masks = model.config.num_hidden_layers, mesh_of(model), plan.masks(model.config)
-    measured = windows[: max(1, cost_tokens // windows.shape[1])]
+    # Spread over the text, as the windows themselves are.
+    count = min(len(windows), max(1, cost_tokens // windows.shape[1]))
+    measured = windows[np.arange(count) * len(windows) // count]
     matrices: Iterable[Array | None] = itertools.repeat(None, L) if grams is None else grams
     stream = Stream(model, measured, batch_tokens=batch_tokens)
     losses: list[float | None] = []
