@@ -88,7 +88,10 @@ def by_cost(
         raise OperationError(f"pruning layer {int(np.argmin(np.isfinite(costs)))} alone costs no finite loss")
     least = _least(sizes, budget, floor, multiple_of)
     widths, most = np.array(sizes, float), 1 - np.array(least) / np.array(sizes)
-    cost = np.maximum(costs, max(0.01 * float(np.mean(np.maximum(costs, 0))), np.finfo(np.float64).tiny))
+    cost = np.maximum(np.asarray(costs, np.float64), 0)
+    # Where nothing costs anything, nothing tells the layers apart.
+    cost = cost / cost.max() if cost.max() > 0 else np.ones(len(cost))
+    cost = np.maximum(cost, 0.01 * cost.mean())
     # The derivatives of all costs are equal where the sum is smallest: cost_i p_i^(exponent - 1) F_i^-1 is the same.
     relative = (widths / cost) ** (1 / (exponent - 1))
     relative /= relative.max()

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,14 +172,12 @@ class Statistics:
             data = Path(path).read_bytes()
         except OSError as error:
             raise unreadable(f"the statistics {path}", error) from error
+        damaged = f"{path} holds no statistics of --statistics-out, or is damaged"
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 found = dict(arrays)
             head = json.loads(found["head"].tobytes())
-            if head["format"] != FORMAT:
-                raise ValueError(f"its format is {head['format']!r}")
-            if head["version"] != VERSION:
-                raise RequestError(f"{path} has version {head['version']!r}; this program reads version {VERSION}")
+            is_ours, version = head["format"] == FORMAT, head["version"]
             layers = tuple(
                 LayerStatistics(
                     tokens=int(tokens),
@@ -189,19 +186,28 @@ class Statistics:
                 )
                 for i, (tokens, influence) in enumerate(zip(head["tokens"], head["influence"], strict=True))
             )
-            _check_layers(layers)
-            return cls(layers, int(head["hidden_size"]), str(head["fingerprint"]), dict(head["texts"]))
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise OperationError(f"{path} holds no statistics of --statistics-out, or is damaged: {error}") from error
+            statistics = cls(layers, int(head["hidden_size"]), str(head["fingerprint"]), dict(head["texts"]))
+        except Exception as error:  # whatever zip, numpy and json say of bytes that are something else
+            raise OperationError(damaged) from error
+        if is_ours and version != VERSION:
+            raise RequestError(f"{path} has version {version!r}; this program reads version {VERSION}")
+        problem = next((text for i, layer in enumerate(layers) if (text := _problem(layer, i))), None)
+        if not is_ours or not layers or problem:
+            raise OperationError(f"{damaged}: {problem}" if problem else damaged)
+        return statistics
 
 
-def _check_layers(layers: Sequence[LayerStatistics]) -> None:
-    for i, layer in enumerate(layers):
-        for name in _ARRAYS:
-            values = getattr(layer, name)
-            if values is not None and (values.dtype != np.float32 or values.shape != layer.squares.shape):
-                raise ValueError(f"{name} of layer {i} is {values.dtype} of shape {values.shape}")
-        _check_finite(layer, i)
+def _problem(layer: LayerStatistics, i: int) -> str | None:
+    """What is wrong with the statistics of a layer that come from a file, if anything is."""
+    arrays = {name: values for name in _ARRAYS if (values := getattr(layer, name)) is not None}
+    for name, values in arrays.items():
+        if values.dtype != np.float32 or values.ndim != 1 or values.shape != layer.squares.shape:
+            return f"{name} of layer {i} is {values.dtype} of shape {values.shape}"
+        if not np.isfinite(values).all() or (name != "sums" and (values < 0).any()):
+            return f"{name} of layer {i} has values that cannot be"
+    if layer.tokens < 1 or not math.isfinite(layer.influence):
+        return f"layer {i} has {layer.tokens} tokens and an influence of {layer.influence}"
+    return None
 
 
 def _check_finite(layer: LayerStatistics, i: int) -> None:
@@ -391,7 +397,7 @@ def batches(model: Llama, windows: NDArray[np.int32], batch_tokens: int) -> Iter
         raise RequestError("there is no calibration text")
     if windows.shape[1] > config.max_position_embeddings:
         raise RequestError(
-            f"calibration windows of {windows.shape[1]} tokens; the window of the model holds "
+            f"calibration windows of {windows.shape[1]} tokens (--calibration-window); the window of the model holds "
             f"{config.max_position_embeddings}"
         )
     config.check_tokens(np.where(windows == PADDING, 0, windows))

@@ -3,11 +3,14 @@
 import argparse
 import csv
 import dataclasses
+import decimal
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,22 +29,23 @@ from convert.tokenizer import encode_text, load_tokenizer
 from evals.perplexity import perplexity
 from gluprune_jax import devices, methods, terminal
 from gluprune_jax.allocation import FLOOR
-from gluprune_jax.atomic import write_file_atomic
+from gluprune_jax.atomic import check_file, write_file_atomic
 from gluprune_jax.calibration import describe_windows
 from gluprune_jax.criteria import find_criterion, inputs_of
 from gluprune_jax.distributed import broadcast_from_main, check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.importance import fingerprint
+from gluprune_jax.importance import Scores, fingerprint
 from gluprune_jax.memory import Evaluation
 from gluprune_jax.methods import Method, Pruned
-from gluprune_jax.model import ModelConfig
-from gluprune_jax.plan import target_width
+from gluprune_jax.model import Llama, ModelConfig
+from gluprune_jax.plan import make_plan, target_width
+from gluprune_jax.trainable import checksum
 
 RESULTS_FILE, TABLE_FILE = "comparison.json", "comparison.csv"
 PLOT_FILES = ("comparison.png", "comparison.svg")
 FORMAT, VERSION = "gluprune-comparison", 1
-_TARGETS = {"prune_percent": "{:g} %", "expansion_ratio": "{}x", "width": "{}"}
+_TARGETS = {"prune_percent": "{} %", "expansion_ratio": "{}x", "width": "{}"}
 
 DESCRIPTION = """\
 Prunes one model in several ways to several sizes, and compares the perplexities (and benchmarks) of all of them.
@@ -106,6 +110,8 @@ def _compare(args: argparse.Namespace) -> None:
     targets = _targets(args)
     _check_request(args, wanted, targets)
     with failing_together():
+        if is_main() and args.output is not None:
+            _check_output(args.output, args.overwrite)
         texts = {name: evaluation_text(name) for name in args.evaluate}
         documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
     check_same("the texts of --evaluate", (text.encode() for text in texts.values()))
@@ -122,7 +128,8 @@ def _compare(args: argparse.Namespace) -> None:
         targets = [{**targets[0], "layers": (i,)} for i in range(checkpoint.config.num_hidden_layers)]
     with failing_together():
         windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
-        meter = _Meter(args, checkpoint, texts)
+        _check_targets(checkpoint.model, targets)
+    meter = _Meter(args, checkpoint, texts)
     chooser = methods.Chooser(
         checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
     )
@@ -130,7 +137,9 @@ def _compare(args: argparse.Namespace) -> None:
         None if args.output is None else args.output / RESULTS_FILE,
         {
             "model": args.model,
-            "fingerprint": fingerprint(checkpoint.model),
+            "weights": [fingerprint(checkpoint.model), checksum(checkpoint.model, mlps=False), args.dtype],
+            "gluprune_jax": importlib.metadata.version("gluprune-jax"),
+            "data_dir": args.data_dir,
             "calibration": None if windows is None else describe_windows(windows, args.calibration),
             "evaluation": meter.about(),
             "multiple_of": args.multiple_of,
@@ -188,11 +197,30 @@ def _check_request(args: argparse.Namespace, wanted: Sequence[Method], targets: 
             raise RequestError(f"--{flag.replace('_', '-')} is {value}; it must be at least {least}")
     if doubled := [text for text in args.methods if args.methods.count(text) > 1]:
         raise RequestError(f"--methods has {doubled[0]} twice; give each once")
+    spelled = [spell(target) for target in targets]
+    if doubled := [text for text in spelled if spelled.count(text) > 1]:
+        raise RequestError(f"{doubled[0]} is asked for twice; give each size once")
     if args.by_layer and len(targets) > 1:
         raise RequestError("--by-layer prunes each layer to one size; give a single one")
     if args.by_layer and (uneven := [str(method) for method in wanted if method.allocation != "uniform"]):
         raise RequestError(f"--by-layer prunes one layer at a time, and {uneven[0]} divides a budget over several")
     methods.check_calibration_request(args, wanted)
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Refuses what could not be written, and files that are of no comparison."""
+    for name in (RESULTS_FILE, TABLE_FILE, *PLOT_FILES):
+        file = check_file(folder / name, overwrite=True)
+        if file.exists() and not (overwrite or (folder / RESULTS_FILE).exists()):
+            raise RequestError(f"{file} is there, and no {RESULTS_FILE} that it could be of; choose another --output")
+
+
+def _check_targets(model: Llama, targets: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses sizes that the model cannot be pruned to, before anything is measured."""
+    config = model.config
+    blank = tuple(np.zeros(size, np.float32) for size in config.intermediate_sizes)
+    for target in targets:
+        make_plan(Scores("", blank, config.hidden_size, "", ""), **target)
 
 
 def _use(args: argparse.Namespace) -> Evaluation:
@@ -231,7 +259,9 @@ class Results:
                 found = _read(path)
                 rows = found.pop("rows")
                 if found != document:
-                    different = next(key for key in {**document, **found} if document.get(key) != found.get(key))
+                    missing = object()
+                    keys = {**document, **found}
+                    different = next(key for key in keys if document.get(key, missing) != found.get(key, missing))
                     if not overwrite:
                         raise RequestError(
                             f"{path} is of another comparison: its {different} differs; choose another --output, or "
@@ -251,18 +281,35 @@ class Results:
         if self._path is not None:
             with failing_together():
                 if is_main():
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
                     write_file_atomic(self._path, json.dumps(self.document, indent=1).encode(), overwrite=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OperationError(f"{path} cannot be read: {error}; remove it to start anew") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("rows"), list):
         raise RequestError(f"{path} is no comparison and is not replaced; choose another --output")
+    for number, row in enumerate(found["rows"]):
+        if not _is_row(row) or (row["method"] == "dense") != (number == 0):
+            raise OperationError(f"{path} is damaged at row {number}; remove it to start anew")
     return found
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row of a file is one that could have been written there."""
+    if not isinstance(row, dict) or not isinstance(row.get("method"), str) or not {"target", "seed"} <= row.keys():
+        return False
+    perplexities, benchmarks = row.get("perplexity"), row.get("benchmarks", {})
+    if not isinstance(perplexities, dict) or not isinstance(benchmarks, dict):
+        return False
+    values = [row.get("expansion_ratio"), *perplexities.values()]
+    for about in benchmarks.values():
+        if not isinstance(about, dict) or not {"metric", "items", "value"} <= about.keys():
+            return False
+        values.append(about["value"])
+    return all(isinstance(value, float) and math.isfinite(value) for value in values)
 
 
 def run(
@@ -299,7 +346,8 @@ def spell(target: Mapping[str, Any]) -> str:
     """A target as tables show it: "20 %", "2.4x", "4096", "20 % of layer 3"."""
     (kind,) = (name for name in _TARGETS if name in target)
     where = f" of layer {target['layers'][0]}" if "layers" in target else ""
-    return _TARGETS[kind].format(target[kind]) + where
+    number = f"{decimal.Decimal(str(target[kind])).normalize():f}"  # 1.20 is 1.2, and 20.0 is 20
+    return _TARGETS[kind].format(number) + where
 
 
 class _Meter:
@@ -470,7 +518,9 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             axes.invert_xaxis()
         axes.set(title=title, xlabel="layer" if by_layer else "expansion ratio (intermediate size / hidden size)")
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format=path.suffix[1:])
+    write_file_atomic(path, buffer.getvalue(), overwrite=True)
 
 
 def _sentence(row: Mapping[str, Any]) -> str:

@@ -179,7 +179,13 @@ def inputs_of(function: Criterion, name: str = "the criterion") -> tuple[str, ..
     Raises:
       RequestError: something that no criterion is given.
     """
-    inputs = tuple(inspect.signature(function).parameters)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"criterion {name!r} does not say what its parameters are: {error}") from error
+    inputs = tuple(parameters)
+    if odd := [p.name for p in parameters.values() if p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        raise RequestError(f"criterion {name!r} has the parameter {odd[0]!r}, which is not a plain one")
     if unknown := [repr(parameter) for parameter in inputs if parameter not in INPUTS]:
         raise RequestError(
             f"criterion {name!r} has the parameter {' and '.join(unknown)}; a criterion may look at {', '.join(INPUTS)}"
@@ -191,8 +197,9 @@ def _imported(address: str) -> Criterion:
     module, _, attribute = address.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RequestError(f"criterion {address!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a module is a program
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RequestError(f"criterion {address!r} cannot be imported: {first_line}") from error
     if not callable(function):
         raise RequestError(f"criterion {address!r} is no function")
     result: Criterion = function

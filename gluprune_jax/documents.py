@@ -9,6 +9,7 @@ JSON lines hold a document each:
 import importlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +57,15 @@ def read_documents(name: str, flag: str) -> list[str | Messages]:
       RequestError: there is nothing of that name, it is not what its name says, or it holds no text.
       OperationError: it cannot be read.
     """
+    if not name:
+        raise RequestError(f"{flag} has an empty name; give a file, a folder or a data set")
     if name.startswith("hub:"):
         documents = _hub_documents(name)
-    elif name != PYTHON_REFERENCE and Path(name).is_dir():
-        files = sorted(path for path in Path(name).rglob("*") if path.suffix in (".txt", ".md", ".jsonl"))
+    elif name != PYTHON_REFERENCE and os.path.isdir(name):
+        suffixes = (".txt", ".md", ".jsonl")
+        files = sorted(path for path in Path(name).rglob("*") if path.suffix in suffixes and path.is_file())
+        if not files:
+            raise RequestError(f"{flag} {name} holds no files that end in {', '.join(suffixes)}; give others by name")
         documents = [document for path in files for document in _file_documents(str(path))]
     else:
         documents = _file_documents(name)
@@ -121,7 +127,7 @@ def parse_json_lines(text: str, name: str) -> list[str | Messages]:
 def _line(line: str, where: str) -> str | Messages:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON: {error}; give one JSON object a line") from error
     return _document(record, where)
 
@@ -130,7 +136,7 @@ def _document(record: Any, where: str) -> str | Messages:
     # "page" is what the WikiText of lm-eval calls it.
     for key in ("text", "page"):
         if isinstance(record, dict) and isinstance(text := record.get(key), str):
-            return text
+            return _checked(text, where)
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise RequestError(f'{where} is {shortened(record)}; it must hold "text", a string, or "messages", a list')
@@ -139,4 +145,15 @@ def _document(record: Any, where: str) -> str | Messages:
             raise RequestError(
                 f"{where} has the message {shortened(message)}; it must hold role and content, as strings"
             )
+        _checked(message["content"], where)
     return messages
+
+
+def _checked(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{where} has half of a surrogate pair, \\u{ord(text[error.start]):x}, which is no text"
+        ) from error
+    return text

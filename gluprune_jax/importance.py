@@ -13,8 +13,8 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from gluprune_jax.criteria import STATISTICS, WEIGHTS, Criterion, find_criterion, inputs_of, peak_to_peak
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.criteria import CRITERIA, STATISTICS, WEIGHTS, Criterion, find_criterion, inputs_of, peak_to_peak
+from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.mesh import mesh_of, on, place
 from gluprune_jax.model import Llama
 from gluprune_jax.sharding import constrain
@@ -175,13 +175,24 @@ def score_neurons(
         values = np.pad(np.asarray(getattr(statistics, parameter), np.float32), (0, stored - width))
         return cast("Array", place(mesh, values, "neurons"))
 
-    with on(mesh):
-        scores = np.asarray(score_layer(function, *map(value, inputs_of(function))))
-    if scores.shape != (stored,) or not np.isfinite(scores[:width]).all():
+    inputs = [value(parameter) for parameter in inputs_of(function)]
+    try:
+        with on(mesh):
+            scores = np.asarray(score_layer(function, *inputs))
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error) or function in CRITERIA.values():
+            raise
+        first_line = next(iter(str(error).splitlines()), "")
+        raise OperationError(f"criterion {name!r} failed: {type(error).__name__}: {first_line}") from error
+    if scores.shape != (stored,) or not np.isrealobj(scores):
         raise OperationError(
-            f"criterion {name!r} gave layer {layer} scores of shape {scores.shape}, not {stored} finite numbers"
+            f"criterion {name!r} gave layer {layer} {scores.dtype} scores of shape {scores.shape}, not {stored} numbers"
         )
-    return scores[:width].astype(np.float32)
+    with np.errstate(over="ignore"):
+        scores = scores.astype(np.float32)
+    if wrong := int((~np.isfinite(scores[:width])).sum()):
+        raise OperationError(f"criterion {name!r} gave layer {layer} {wrong} scores that are not finite numbers")
+    return scores[:width]
 
 
 def fingerprint(

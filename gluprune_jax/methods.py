@@ -139,6 +139,13 @@ class Chooser:
             with self._layers("calibrating") as on_layer:
                 self._statistics = collect(self._model, self._windows, names=self._names, on_layer=on_layer)
         found = self._statistics
+        if found is not None and self._windows is not None:
+            ours = describe_windows(self._windows)["digest"]
+            if found.texts.get("digest") != ours:
+                raise RequestError(
+                    "--statistics are of other text than --calibration; give the text that they were collected on, or "
+                    "leave one of them out"
+                )
         if found is not None and sensitivity and found.layers[0].sensitivity is None and self._windows is not None:
             with terminal.count_progress("going back through the layers", len(self._windows), "windows") as progress:
                 values = sensitivities(self._model, self._windows, on_windows=progress)
@@ -352,14 +359,16 @@ def method_of(args: argparse.Namespace, *, needs_statistics: bool = False) -> Me
         args.in_order,
         args.seed,
     )
-    if not 0 <= args.floor < 1:
-        raise RequestError(f"--floor is {args.floor:g}; it must be a share from 0 and below 1")
     if args.in_order and not (method.is_compensated or method.needs_statistics):
         raise RequestError(
             f"--in-order changes nothing for --criterion {args.criterion}, which looks at weights alone; "
             f"add --compensate least-squares or leave it out"
         )
     check_calibration_request(args, [method])
+    if args.statistics_out and args.statistics:
+        raise RequestError(
+            "--statistics-out saves what is collected, and --statistics gives what was; give one of them"
+        )
     if args.statistics_out and not args.calibration:
         raise RequestError("--statistics-out saves what --calibration collects; give --calibration TEXT too")
     if needs_statistics and not (args.calibration or args.statistics):
@@ -380,6 +389,8 @@ def check_calibration_request(args: argparse.Namespace, methods: Sequence[Method
       RequestError: as said.
     """
     statistics = getattr(args, "statistics", None)
+    if not 0 <= args.floor < 1:
+        raise RequestError(f"--floor is {args.floor:g}; it must be a share from 0 and below 1")
     for flag in ("calibration_tokens", "calibration_window"):
         if getattr(args, flag) < 2:
             raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 2")

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,11 @@ def _prune(args: argparse.Namespace, command: str) -> None:
         names=args.calibration or (),
         statistics=statistics,
     )
+    collected = None
     if plan is None:
         pruned = _choose(args, checkpoint, chooser)
+        # All compute it together, while the dense model is there: slicing takes it apart.
+        collected = chooser.statistics() if args.statistics_out and not args.dry_run else None
     else:
         plan.check_fits(dense)
         with terminal.count_progress("checking the plan", dense.num_hidden_layers, "layers") as progress:
@@ -243,6 +246,12 @@ def _prune(args: argparse.Namespace, command: str) -> None:
             if is_main():
                 plan.save(args.plan_out, overwrite=args.overwrite)
         report["plan_out"] = str(args.plan_out)
+    if args.statistics_out and not args.dry_run:
+        assert collected is not None  # there is calibration text
+        with failing_together():
+            if is_main():
+                collected.save(args.statistics_out, overwrite=args.overwrite)
+        report["statistics_out"] = str(args.statistics_out)
     report["seconds"] = clock.seconds
     if args.json:
         print(json.dumps(report, indent=1))
@@ -358,6 +367,8 @@ def _check_request(args: argparse.Namespace) -> list[str]:
     for flag, least in (("evaluate_tokens", 2), ("window", 2), ("sample_tokens", 1), ("multiple_of", 1)):
         if getattr(args, flag) < least:
             raise RequestError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    if not 0 <= args.seed < 1 << 32:
+        raise RequestError(f"--seed is {args.seed}; it must lie between 0 and {(1 << 32) - 1}")
     if args.expansion_ratio is not None:
         width_for_expansion_ratio(args.expansion_ratio, 1)
     if args.prune_percent is not None:
@@ -379,10 +390,14 @@ def _check_outputs(args: argparse.Namespace) -> None:
         refuse_format(args.output, parse_formats(args.format))
         check_target(args.output, args.overwrite)
         refuse_own_folder(args.model, args.output)
-    if args.statistics_out:
-        check_file(args.statistics_out, args.overwrite)
-    if args.plan_out:
-        _check_plan_out(args)
+    for flag, path, load, kind in (
+        ("--plan-out", args.plan_out, PruningPlan.load, "plan"),
+        ("--statistics-out", args.statistics_out, Statistics.load, "statistics file"),
+    ):
+        if path is not None:
+            _check_file_out(args, flag, path, load, kind)
+    if args.plan_out and args.statistics_out and args.plan_out.resolve() == args.statistics_out.resolve():
+        raise RequestError(f"--plan-out and --statistics-out both name {args.plan_out}; give each its own path")
 
 
 def _check_streaming(args: argparse.Namespace, formats: Sequence[str]) -> None:
@@ -403,18 +418,23 @@ def _check_streaming(args: argparse.Namespace, formats: Sequence[str]) -> None:
         )
 
 
-def _check_plan_out(args: argparse.Namespace) -> None:
-    plan_out = check_file(args.plan_out, args.overwrite)
-    if plan_out.is_file():  # --overwrite replaces a plan by a plan, never a model or a text
+def _check_file_out(args: argparse.Namespace, flag: str, path: Path, load: Callable[[Path], Any], kind: str) -> None:
+    """Refuses a file beside the output that would replace something of another kind, or land within a model."""
+    file = check_file(path, args.overwrite)
+    if file.is_file():  # --overwrite replaces a plan by a plan, never a model or a text
         try:
-            PruningPlan.load(plan_out)
+            load(file)
         except GlupruneError as error:
-            raise RequestError(f"--plan-out {plan_out} is no plan and is not replaced; choose another path") from error
+            raise RequestError(f"{flag} {file} is no {kind} and is not replaced; choose another path") from error
+    model = Path(args.model).expanduser()
+    if model.is_dir() and file.is_relative_to(model.resolve()):
+        raise RequestError(f"{flag} {file} lies in the model {args.model}, which is only read; choose another path")
     if args.output and not in_store(args.output):
         output = args.output.resolve()
-        if plan_out.is_relative_to(output) or output.is_relative_to(plan_out):
+        if file.is_relative_to(output) or output.is_relative_to(file):
             raise RequestError(
-                f"--plan-out {plan_out} and --output {output} collide; the output has the plan as {PLAN_FILE} anyway"
+                f"{flag} {file} and --output {output} collide; choose another path (the output has the plan as "
+                f"{PLAN_FILE} anyway)"
             )
 
 
@@ -439,12 +459,6 @@ def _choose(args: argparse.Namespace, checkpoint: convert.Checkpoint, chooser: m
     (pruned,) = chooser.choose(_method(args), [{**target, "multiple_of": args.multiple_of}])
     if args.drop_least is not None and (found := chooser.statistics()):
         found.check_fits(checkpoint.config, pruned.plan.fingerprint)
-    if args.statistics_out and not args.dry_run:
-        statistics = chooser.statistics()  # all compute it together: one that fails alone must not wait for the others
-        assert statistics is not None  # there is calibration text
-        with failing_together():
-            if is_main():
-                statistics.save(args.statistics_out, overwrite=args.overwrite)
     return pruned
 
 

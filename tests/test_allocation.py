@@ -93,6 +93,8 @@ def test_the_sum_of_the_costs_is_the_smallest() -> None:
     assert total(tuple(found)) <= min(map(total, possible)) * 1.01
     assert by_cost([1, 1, 1], sizes, budget) == [12, 12, 12]
     assert by_cost([1.0, -3.0, 1.0], sizes, budget)[1] == 4  # what helps goes down to the floor
+    for nothing in ([0.0] * 3, [-0.1, -0.2, 0.0], [1e-320] * 3):
+        assert by_cost(nothing, sizes, budget) == [12, 12, 12]
 
 
 def test_refusals() -> None:

@@ -347,7 +347,7 @@ def test_criteria_need_the_statistics_they_look_at(model: Llama, windows: NDArra
         (np.zeros((0, 16), np.int32), "there is no calibration text"),
         (np.full((2, 16), PADDING, np.int32), "there is no calibration text"),
         (np.full((2, 16), 97, np.int32), "token id 97 lies outside the model's vocabulary of 97"),
-        (np.zeros((1, 513), np.int32), "calibration windows of 513 tokens; the window of the model holds 512"),
+        (np.zeros((1, 513), np.int32), "calibration windows of 513 tokens .*; the window of the model holds 512"),
     ],
 )
 def test_windows_that_make_no_sense_are_refused(model: Llama, windows: NDArray[np.int32], message: str) -> None:

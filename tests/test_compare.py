@@ -212,6 +212,23 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         assert (status, out) == (2, ""), (options, err)
         assert message in err, (options, err)
     plain += ["--window", 64]
+    late: list[tuple[list[object], str]] = [
+        (["--prune-percent", 20, "20.0"], "20 % is asked for twice"),
+        (["--width", 83], "a width of 83 would not shrink layer 0"),
+        (["--width", 20, "--multiple-of", 30], "in multiples of 30 leaves layer 0 no neuron"),
+        (["--width", 20, "--floor", "nan"], "--floor is nan"),
+        (["--width", 20, "--output", folder / "text.txt"], "text.txt"),
+        (["--width", 20, "--output", "gs://bucket/folder"], "is an address"),
+    ]
+    for options, message in late:
+        status, out, err = run(capsys, *plain[:2], *plain[4:], *options, "--methods", "ppm")
+        assert (status, out) == (2, "") or (status == 1 and "text.txt" in message), (options, err)
+        assert message in err, (options, err)
+        assert "unexpected" not in err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "comparison.csv").write_text("mine")
+    status, _, err = run(capsys, *plain, "--methods", "ppm", "--output", tmp_path / "mine")
+    assert (status, "no comparison.json that it could be of" in err) == (2, True)
     out_folder = tmp_path / "out"
     report(capsys, *plain, "--methods", "ppm", "--output", out_folder)
     status, _, err = run(capsys, *plain, "--methods", "ppm", "--multiple-of", 4, "--output", out_folder)
@@ -224,6 +241,18 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         status, _, err = run(capsys, *plain, "--methods", "ppm", "--output", out_folder, "--overwrite")
         assert status == 2
         assert "is no comparison and is not replaced" in err
+    for damage in (
+        lambda rows: rows.pop(0),
+        lambda rows: rows[1].pop("method"),
+        lambda rows: rows[1].update(perplexity={"x": float("nan")}),
+        lambda rows: rows[1].update(perplexity=5),
+        lambda rows: rows.append(None),
+    ):
+        damaged = json.loads(json.dumps(changed))
+        damage(damaged["rows"])
+        (out_folder / "comparison.json").write_text(json.dumps(damaged))
+        status, _, err = run(capsys, *plain, "--methods", "ppm", "--multiple-of", 4, "--output", out_folder)
+        assert (status, "is damaged at row" in err) == (1, True), err
     (out_folder / "comparison.json").write_text("{")
     status, _, err = run(capsys, *plain, "--methods", "ppm", "--output", out_folder)
     assert status == 1

@@ -281,6 +281,9 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
     (data / "short.txt").write_text("abc")
     (data / "bad.jsonl").write_text('{"sentence": "x"}\n')
     (data / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    (data / "half.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    (data / "deep.jsonl").write_text("[" * 200_000)
+    (tmp_path / "none").mkdir()
     small = ("--calibration-window", 32, "--criterion", "wanda")
     cases: list[tuple[list[object], str]] = [
         ([*weights, "--criterion", "best"], "unknown criterion 'best'; known are ppm, vow, pon, l2, random, hybrid"),
@@ -293,13 +296,28 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         ([*weights, "--statistics", data / "none.npz"], "cannot read the statistics"),
         (text, "nothing looks at --calibration"),
         ([*weights, "--drop-least", "1"], "--drop-least looks at what layers do to text; give --calibration TEXT or"),
+        (
+            [*text, "--criterion", "hybrid", "--statistics-out", folder / "text.txt", "--overwrite"],
+            "no statistics file",
+        ),
+        ([*text, "--criterion", "hybrid", "--statistics-out", folder / "model" / "s.npz"], "lies in the model"),
+        ([*text, "--criterion", "hybrid", "--statistics-out", tmp_path / "out" / "s.npz"], "collide"),
+        ([*text, "--criterion", "hybrid", "--statistics-out", "x.npz", "--plan-out", "x.npz"], "both name x.npz"),
+        ([*weights, "--criterion", "random", "--seed", 1 << 63], "--seed is 9223372036854775808; it must lie between"),
+        ([*weights, *small, "--calibration", ""], "--calibration has an empty name"),
+        ([*weights, *small, "--calibration", data / "half.jsonl"], "half.jsonl, line 1, has half of a surrogate pair"),
+        ([*weights, *small, "--calibration", data / "deep.jsonl"], "deep.jsonl, line 1, is not JSON"),
+        ([*weights, *small, "--calibration", tmp_path / "none"], "holds no files that end in .txt, .md, .jsonl"),
         ([*text, "--drop-least", "3"], "--drop-least is 3; of 3 layers it must be 1 to 2"),
         ([*text, "--drop-least", "1", "--drop-layers", "0"], "--drop-layers names layers and --drop-least finds them"),
         ([*text, "--drop-layers", "0", "--compensate", "least-squares"], "drop layers first, then prune what comes"),
         ([*text, "--criterion", "hybrid", "--calibration-tokens", "1"], "--calibration-tokens is 1; it must be at lea"),
         ([*text, "--criterion", "hybrid", "--calibration-tokens", "20"], "less than the 32 of one window"),
         ([*text, "--criterion", "hybrid", "--stream"], "--stream leaves the model in its files, where --calibration"),
-        ([*text, "--criterion", "hybrid", "--calibration-window", "65"], "windows of 65 tokens; the window of the mod"),
+        (
+            [*text, "--criterion", "hybrid", "--calibration-window", "65"],
+            "windows of 65 tokens (--calibration-window); the",
+        ),
         ([*weights, *small, "--calibration", data / "empty.txt"], "--calibration"),
         ([*weights, *small, "--calibration", data / "short.txt"], "the text has 3 tokens, fewer than the 32 of one"),
         ([*weights, *small, "--calibration", data / "none.txt"], "cannot read the text"),
@@ -334,6 +352,83 @@ def test_statistics_of_another_model(folder: Path, argv: list[object], tmp_path:
     status, _, err = run(capsys, "--model", folder / "model", *options)
     assert (status, err.count("\n")) == (1, 1)
     assert "holds no statistics of --statistics-out, or is damaged" in err
+
+
+BAD_CRITERIA = """
+import sys
+import jax.numpy as jnp
+def fails(gate): raise KeyError("mine")
+def leaves(gate): sys.exit(0)
+def looks(gate): return gate[:, 0] if gate.max() > 0 else gate[:, 1]
+def imaginary(gate): return gate[:, 0] * 1j
+def nothing(gate): return gate[:, 0] / 0
+def keyword(*, gate): return gate[:, 0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("fails", 1, "failed: KeyError: 'mine'"),
+        ("leaves", 1, "failed: SystemExit: 0"),
+        ("looks", 1, "failed: TracerBoolConversionError"),
+        ("imaginary", 1, "complex64 scores of shape"),
+        ("nothing", 1, "83 scores that are not finite numbers"),
+        ("keyword", 2, "has the parameter 'gate', which is not a plain one"),
+    ],
+)
+def test_criteria_of_ones_own_that_fail(
+    folder: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    status: int,
+    message: str,
+) -> None:
+    (tmp_path / "bad_criteria.py").write_text(BAD_CRITERIA)
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ("--model", folder / "model", "--width", 20, "--dry-run", "--criterion")
+    found, _, err = run(capsys, *argv, f"bad_criteria:{name}")
+    assert (found, message in err, "unexpected" in err) == (status, True, False), err
+    found, _, err = run(capsys, *argv, "leaving:f")
+    assert (found, "cannot be imported: 0" in err) == (2, True), err
+
+
+def test_calibration_text_and_statistics_of_another_text(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    saved = tmp_path / "statistics.npz"
+    report(capsys, *argv, "--width", 30, "--criterion", "hybrid", "--statistics-out", saved)
+    options = ("--width", 30, "--criterion", "hybrid", "--compensate", "least-squares", "--statistics", saved)
+    other = ["--calibration", folder / "texts", *argv[4:-1], tmp_path / "other"]
+    status, _, err = run(capsys, *argv[:2], *other, *options)
+    assert (status, "--statistics are of other text than --calibration" in err) == (2, True), err
+    report(capsys, *argv[:-1], tmp_path / "same", *options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [-5, 640, 640]}, "layer 0 has -5 tokens"),
+        ({"influence": [0.1, float("nan"), 0.1]}, "layer 1 has 640 tokens and an influence of nan"),
+        ({"tokens": [], "influence": []}, "is damaged"),
+        ({"format": "other"}, "is damaged"),
+    ],
+)
+def test_damaged_statistics(
+    folder: Path, argv: list[object], tmp_path: Path, capsys: Capture, change: dict[str, Any], message: str
+) -> None:
+    saved = tmp_path / "statistics.npz"
+    report(capsys, *argv, "--width", 30, "--criterion", "hybrid", "--statistics-out", saved)
+    with np.load(saved) as arrays:
+        contents = dict(arrays)
+    head = json.loads(contents["head"].tobytes()) | change
+    np.savez(saved, **{**contents, "head": np.frombuffer(json.dumps(head).encode(), np.uint8)})
+    options = ("--width", 30, "--criterion", "hybrid", "--statistics", saved, "--dry-run")
+    status, _, err = run(capsys, "--model", folder / "model", *options)
+    assert (status, message in err) == (1, True), err
 
 
 def test_a_token_that_the_model_does_not_know(folder: Path, tmp_path: Path, capsys: Capture) -> None:
