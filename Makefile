@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Accelerators are for the user's models; what this file runs is the same everywhere.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test lint tpu-check notebooks benchmarks clean
+.PHONY: help demo test test-processes lint tpu-check notebooks benchmarks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: .venv/runtime  ## prune a small real model and show what it costs (180 MB 
 
 test: .venv/dev  ## run the tests (those that compare with PyTorch are skipped where it is not installed)
 	$(BIN)/python -m pytest -n 2
+
+test-processes: .venv/dev  ## run the tests that start several processes
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .

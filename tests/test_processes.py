@@ -21,6 +21,8 @@ from evals.results import load_items, load_results
 from gluprune_jax.errors import RequestError
 from gluprune_jax.prune import main as prune
 
+pytestmark = pytest.mark.slow
+
 HEARTBEAT = 10
 Run = Callable[..., list[tuple[int, str, str]]]
 

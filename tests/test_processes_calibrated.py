@@ -19,6 +19,8 @@ from gluprune_jax.prune import main as prune
 from gluprune_jax.recover import main as recover
 
 Capture = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.slow
+
 CONFIG = hf_config(
     vocab_size=VOCABULARY,
     eos_token_id=VOCABULARY - 1,
