@@ -337,7 +337,9 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     ones = {name: jnp.ones(shape.shape, jnp.float32) for name, shape in parameter_shapes(first).items()}
     # What is imported on the way is not counted.
     convert.save(convert.Checkpoint(build_model(first, ones), "ones", {"model_type": "llama"}), tmp_path / "first")
-    config = ModelConfig(16384, 256, (4096, 4000, 3600, 4096), 4, 2, 64, 64, 1e-5, 1e4, None, False, 8)
+    # The largest tensor is eight times any other, for some are read ahead while one is written.
+    widths = (2048, 2000, 1800, 2048) * 2
+    config = ModelConfig(16384, 256, widths, 4, 2, 64, 64, 1e-5, 1e4, None, False, 8)
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     arrays = {
         name: jax.device_put(jnp.ones(shape.shape, jnp.float32), NamedSharding(mesh, P("model")))
@@ -352,7 +354,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     now, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(array.nbytes for array in arrays.values()) > 4 * largest
-    assert peak < 2 * largest  # copies of small tensors may outlive them for a moment
+    assert peak < 1.5 * largest
     assert now < 0.1 * largest
 
 
