@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = show_parser().parse_args(argv[1:])
         return terminal.run("evals", lambda: _show(args), debug=args.debug)
     if argv[:1] == ["lm-eval"]:
-        return terminal.run("evals", _check_installed, debug=False) or _lm_eval(argv[1:])
+        return terminal.run("evals", check_installed, debug=False) or _lm_eval(argv[1:])
     args = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "evals", *argv])
     return terminal.run("evals", lambda: _evaluate(args, command), debug=args.debug, processes=args)
@@ -134,7 +134,12 @@ def _lm_eval(argv: Sequence[str]) -> int:
     return run_lm_eval(argv)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Makes sure that lm-eval is there.
+
+    Raises:
+      OperationError: it is not.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise OperationError("the benchmarks need lm-evaluation-harness: pip install 'gluprune-jax[evals]'")
 
@@ -142,7 +147,7 @@ def _check_installed() -> None:
 def _evaluate(args: argparse.Namespace, command: str) -> None:
     with failing_together():
         limit = _check_request(args)
-        _check_installed()
+        check_installed()
         plan = None if args.mask is None else PruningPlan.load(args.mask)
         if plan is not None:
             plan.check_maskable()

@@ -26,11 +26,13 @@ from rich.table import Table
 import convert
 from convert.store import DTYPE_NAMES, MODEL_HELP
 from convert.tokenizer import encode_text, load_tokenizer
+from evals.__main__ import check_installed, data_folder
 from evals.perplexity import perplexity
-from gluprune_jax import devices, methods, terminal
+from evals.suites import Benchmark, resolve_tasks, task_manager
+from gluprune_jax import devices, method_options, methods, terminal
+from gluprune_jax.activation_statistics import describe_windows
 from gluprune_jax.allocation import FLOOR
 from gluprune_jax.atomic import check_file, write_file_atomic
-from gluprune_jax.calibration import describe_windows
 from gluprune_jax.criteria import find_criterion, inputs_of
 from gluprune_jax.distributed import broadcast_from_main, check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
@@ -80,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ways.add_argument("--by-layer", action="store_true", help="prune each layer alone: which layers a method harms")
     ways.add_argument("--seeds", type=int, default=5, metavar="N", help="of random neurons; tables show the median")
-    methods.add_calibration_arguments(parser)
+    method_options.add_calibration_arguments(parser)
     measure = parser.add_argument_group("what is measured")
     measure.add_argument("--evaluate", nargs="+", metavar="TEXT", default=[], help=f"token perplexity of: {DATA_HELP}")
     measure.add_argument("--evaluate-tokens", type=int, default=8192, metavar="N", help="tokens of each text to use")
@@ -112,6 +114,7 @@ def _compare(args: argparse.Namespace) -> None:
     with failing_together():
         if is_main() and args.output is not None:
             _check_output(args.output, args.overwrite)
+        tasks = None if args.tasks is None else _find_tasks(args.tasks)
         texts = {name: evaluation_text(name) for name in args.evaluate}
         documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
     check_same("the texts of --evaluate", (text.encode() for text in texts.values()))
@@ -127,9 +130,9 @@ def _compare(args: argparse.Namespace) -> None:
     if args.by_layer:
         targets = [{**targets[0], "layers": (i,)} for i in range(checkpoint.config.num_hidden_layers)]
     with failing_together():
-        windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
+        windows = method_options.calibration_windows(checkpoint, documents, args) if documents else None
         _check_targets(checkpoint.model, targets)
-    meter = _Meter(args, checkpoint, texts)
+    meter = _Meter(args, checkpoint, texts, tasks)
     chooser = methods.Chooser(
         checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
     )
@@ -204,7 +207,7 @@ def _check_request(args: argparse.Namespace, wanted: Sequence[Method], targets: 
         raise RequestError("--by-layer prunes each layer to one size; give a single one")
     if args.by_layer and (uneven := [str(method) for method in wanted if method.allocation != "uniform"]):
         raise RequestError(f"--by-layer prunes one layer at a time, and {uneven[0]} divides a budget over several")
-    methods.check_calibration_request(args, wanted)
+    method_options.check_calibration_request(args, wanted)
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
@@ -353,8 +356,10 @@ def spell(target: Mapping[str, Any]) -> str:
 class _Meter:
     """What is measured of each model."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: convert.Checkpoint, texts: Mapping[str, str]):
-        self._args, self._checkpoint = args, checkpoint
+    def __init__(
+        self, args: argparse.Namespace, checkpoint: convert.Checkpoint, texts: Mapping[str, str], tasks: Any | None
+    ):
+        self._args, self._checkpoint, self._tasks = args, checkpoint, tasks
         tokenizer = load_tokenizer(checkpoint)
         self._tokens = {name: encode_text(tokenizer, text)[: args.evaluate_tokens] for name, text in texts.items()}
 
@@ -388,9 +393,9 @@ class _Meter:
                     model, tokens, window=self._args.window, neuron_masks=masks, texts=[name], on_tokens=progress
                 )
             found["perplexity"][name] = result.value
-        if self._args.tasks is not None:
+        if self._tasks is not None:
             checkpoint = dataclasses.replace(self._checkpoint, model=model)
-            found["benchmarks"] = _benchmarks(self._args, checkpoint, masks)
+            found["benchmarks"] = _benchmarks(self._args, self._tasks, checkpoint, masks)
         return found
 
 
@@ -401,17 +406,21 @@ def _everything(config: ModelConfig) -> tuple[NDArray[np.float32], ...]:
     )
 
 
-def _benchmarks(args: argparse.Namespace, checkpoint: convert.Checkpoint, masks: Any) -> dict[str, Any]:
+def _find_tasks(tasks: str) -> tuple[Sequence[Benchmark], Any]:
+    """The benchmarks of `--tasks`, and lm-eval's index of tasks, which loads them."""
+    check_installed()
+    names = tasks.split(",")
+    manager = task_manager(names)
+    return resolve_tasks(names, manager), manager
+
+
+def _benchmarks(args: argparse.Namespace, tasks: Any, checkpoint: convert.Checkpoint, masks: Any) -> dict[str, Any]:
     """The main metric of each benchmark, with its standard error."""
-    from evals.__main__ import data_folder
     from evals.backend import GlupruneLM
     from evals.run import evaluate, load_benchmarks
-    from evals.suites import resolve_tasks, task_manager
 
-    names = args.tasks.split(",")
     with failing_together():
-        manager = task_manager(names)
-        loaded = load_benchmarks(resolve_tasks(names, manager), manager, data_dir=data_folder(args.data_dir))
+        loaded = load_benchmarks(*tasks, data_dir=data_folder(args.data_dir))
     lm = GlupruneLM.from_checkpoint(checkpoint, neuron_masks=masks)
     return {
         result.title: {"metric": result.metric, "items": result.num_items, **result.metrics[result.metric]}

@@ -24,20 +24,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
 from gluprune_jax import positive_definite
-from gluprune_jax.calibration import BATCH_TOKENS, Statistics, Stream
+from gluprune_jax.activation_statistics import Statistics
+from gluprune_jax.calibration import BATCH_TOKENS, Stream
 from gluprune_jax.criteria import Criterion, find_criterion
 from gluprune_jax.errors import OperationError
 from gluprune_jax.importance import check_statistics, mlp_weights, score_neurons, select_neurons
 from gluprune_jax.mesh import mesh_of, on, place, settle, to_host
-from gluprune_jax.model import Llama
+from gluprune_jax.model import Llama, with_parameters
 from gluprune_jax.plan import PruningPlan
-from gluprune_jax.sharding import RULES, constrain, is_divided, per_shard
+from gluprune_jax.sharding import constrain, is_divided, partition_spec, per_shard
 
 DAMPING = 1e-3
 _MOST_DAMPING = 1e3
@@ -68,11 +68,11 @@ def least_squares(gram: Array, down_proj: Array, mask: Array, damping: Array) ->
     matrix = constrain(kept * mask + jnp.diag(added))
     right = jnp.matmul(kept, (1 - mask)[:, None] * weights, precision="highest")
 
-    solver = positive_definite.solve
+    solve = positive_definite.solve
     if is_divided():
-        columns = PartitionSpec(None, RULES["columns"] if _divides(right.shape[1]) else None)  # type: ignore[no-untyped-call]
-        solver = per_shard(solver, (PartitionSpec(), columns), columns)  # type: ignore[no-untyped-call]
-    change = mask[:, None] * solver(matrix, right)
+        columns = partition_spec((None, "columns"), right.shape, jax.sharding.get_abstract_mesh())
+        solve = per_shard(solve, (PartitionSpec(), columns), columns)  # type: ignore[no-untyped-call]
+    change = mask[:, None] * solve(matrix, right)
     new = (mask[:, None] * weights + change).astype(down_proj.dtype)
 
     def error(difference: Array) -> Array:
@@ -80,11 +80,6 @@ def least_squares(gram: Array, down_proj: Array, mask: Array, damping: Array) ->
 
     errors = (weights, (1 - mask)[:, None] * weights, weights - new.astype(jnp.float32))
     return constrain(new.T, None, "neurons"), constrain(jnp.stack([error(part) for part in errors]))
-
-
-def _divides(columns: int) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return columns % int(np.prod([mesh.shape[name] for name in RULES["columns"]])) == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +149,7 @@ class Compensation:
 
 def with_down_projections(model: Llama, down_projs: Sequence[Array]) -> Llama:
     """The model with other down projections, of the same shapes; all other arrays are shared with `model`."""
-    graphdef, state = nnx.split(model)
-    replaced: dict[Any, Array] = {("layers", i, "mlp", "down_proj"): down for i, down in enumerate(down_projs)}
-    flat = [
-        (path, variable.replace(replaced.get(path, variable.get_value())))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    changed: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    return changed
+    return with_parameters(model, {f"layers.{i}.mlp.down_proj": down for i, down in enumerate(down_projs)})
 
 
 def compensate(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,12 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from gluprune_jax.activation_statistics import LayerStatistics, Statistics
 from gluprune_jax.criteria import CRITERIA, STATISTICS, WEIGHTS, Criterion, find_criterion, inputs_of, peak_to_peak
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.mesh import mesh_of, on, place
 from gluprune_jax.model import Llama
 from gluprune_jax.sharding import constrain
-
-if TYPE_CHECKING:
-    from gluprune_jax.calibration import LayerStatistics, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def score(
     model: Llama,
     criterion: str | Criterion = "ppm",
     *,
-    statistics: "Statistics | None" = None,
+    statistics: Statistics | None = None,
     seed: int = 0,
     weights: Iterable[MLPWeights] | None = None,
     on_layer: Callable[[int], None] | None = None,
@@ -121,7 +119,7 @@ def is_data_driven(function: Criterion) -> bool:
     return not set(STATISTICS).isdisjoint(inputs_of(function))
 
 
-def check_statistics(name: str, function: Criterion, statistics: "Statistics | None", model: Llama) -> None:
+def check_statistics(name: str, function: Criterion, statistics: Statistics | None, model: Llama) -> None:
     """Makes sure that a criterion has the statistics that it looks at.
 
     Raises:
@@ -145,7 +143,7 @@ def score_neurons(
     layer: int,
     mlp: MLPWeights,
     width: int,
-    statistics: "LayerStatistics | None" = None,
+    statistics: LayerStatistics | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> NDArray[np.float32]:

@@ -9,8 +9,8 @@ G = N / K, H head dim, V vocabulary.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from gluprune_jax.attention import KEY_BLOCK, causal_attention
 from gluprune_jax.errors import RequestError
 from gluprune_jax.sharding import CACHE_AXES, RULES, constrain, per_shard
+
+M = TypeVar("M", bound=nnx.Module)
 
 # --------------------------------------------------------------------------------------------------- config
 
@@ -377,6 +379,17 @@ def bind(config: ModelConfig, params: nnx.State[Any, Any]) -> Llama:
     graphdef, _ = _abstract_parts(config, jnp.dtype(jnp.float32))
     model: Llama = nnx.merge(graphdef, params)
     return model
+
+
+def with_parameters(module: M, parameters: Mapping[str, Any]) -> M:
+    """A module with some of its parameters replaced, by name ("layers.0.mlp.down_proj"); it shares the others."""
+    graphdef, state = nnx.split(module)
+    flat = [
+        (path, variable.replace(parameters.get(".".join(map(str, path)), variable.get_value())))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    replaced: M = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return replaced
 
 
 # ---------------------------------------------------------------------------------------------------- cache

@@ -28,9 +28,9 @@ from convert.store import (
 )
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import Perplexity, perplexity
-from gluprune_jax import devices, methods, terminal
+from gluprune_jax import devices, method_options, methods, terminal
+from gluprune_jax.activation_statistics import Statistics
 from gluprune_jax.atomic import check_file, check_target
-from gluprune_jax.calibration import Statistics
 from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
 from gluprune_jax.errors import GlupruneError, RequestError
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         help="remove the N layers that turn their input least on the calibration text: 1 - cos(input, output)",
     )
 
-    methods.add_arguments(parser)
+    method_options.add_arguments(parser)
 
     output = parser.add_argument_group("what to write")
     output.add_argument(
@@ -185,7 +185,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     clock.lap("load")
 
     with failing_together():
-        windows = methods.calibration_windows(checkpoint, documents, args) if documents else None
+        windows = method_options.calibration_windows(checkpoint, documents, args) if documents else None
     chooser = methods.Chooser(
         model,
         checkpoint.mlp_weights,
@@ -439,7 +439,7 @@ def _check_file_out(args: argparse.Namespace, flag: str, path: Path, load: Calla
 
 
 def _method(args: argparse.Namespace) -> methods.Method:
-    return methods.method_of(args, needs_statistics=args.drop_least is not None)
+    return method_options.method_of(args, needs_statistics=args.drop_least is not None)
 
 
 def _choose(args: argparse.Namespace, checkpoint: convert.Checkpoint, chooser: methods.Chooser) -> methods.Pruned:

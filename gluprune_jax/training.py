@@ -17,27 +17,25 @@ Array letters: A micro-batches of a step, B rows of one, T tokens of a row, D hi
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from gluprune_jax.errors import RequestError
 from gluprune_jax.mesh import place, shape_of
-from gluprune_jax.model import DecoderLayer, Llama, ModelConfig, abstract_model, rope_frequencies
+from gluprune_jax.model import DecoderLayer, Llama, ModelConfig, abstract_model, rope_frequencies, with_parameters
 from gluprune_jax.sharding import constrain
 from gluprune_jax.trainable import Parameters, Trainable, weights
 
 # Tokens of a replica whose logits exist at the same time, float32, of student and teacher.
 LOGITS_TOKENS = 512
 
-M = TypeVar("M", bound=nnx.Module)
 Terms = dict[str, Array]
 
 
@@ -341,7 +339,7 @@ class _Forward:
         self._trained, self._frozen, self._scale = params
         self._frequencies = rope_frequencies(config)
         above = weights(_outside_layers(self._trained), _outside_layers(self._frozen), self._scale)
-        self.model: Llama = _bound(self._abstract, above)
+        self.model: Llama = with_parameters(self._abstract, above)
 
     def embed(self, tokens: Array) -> Array:
         """The residual stream `[B, T, D]` before the first layer, in the compute dtype, which all else follows."""
@@ -355,7 +353,7 @@ class _Forward:
         # Master weights are cast and adapters added within, so that the results are not kept either.
         @jax.checkpoint
         def run(trained: Parameters, frozen: Parameters, x: Array) -> Array:
-            layer = _bound(abstract, weights(trained, frozen, self._scale))
+            layer = with_parameters(abstract, weights(trained, frozen, self._scale))
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             out, _ = layer(x, positions, self._frequencies, None, (), None)
             return constrain(out, "batch", None, None)
@@ -371,14 +369,3 @@ def _outside_layers(parameters: Mapping[str, Array]) -> Parameters:
 
 def _below(parameters: Mapping[str, Array], prefix: str) -> Parameters:
     return {name.removeprefix(prefix): array for name, array in parameters.items() if name.startswith(prefix)}
-
-
-def _bound(module: M, parameters: Mapping[str, Array]) -> M:
-    """A module with some of its parameters put in, by name; the others stay what they were."""
-    graphdef, state = nnx.split(module)
-    flat = [
-        (path, variable.replace(parameters.get(".".join(map(str, path)), variable.get_value())))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    bound: M = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    return bound

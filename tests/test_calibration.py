@@ -19,7 +19,8 @@ from tiny_models import hf_config, hf_tensors, write_folder
 import convert
 from evals.perplexity import perplexity
 from gluprune_jax import calibration
-from gluprune_jax.calibration import LayerStatistics, Statistics, Stream, collect, sensitivities
+from gluprune_jax.activation_statistics import LayerStatistics, Statistics
+from gluprune_jax.calibration import Stream, collect, sensitivities
 from gluprune_jax.criteria import CRITERIA, find_criterion, inputs_of
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import is_data_driven, score

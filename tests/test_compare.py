@@ -1,12 +1,14 @@
 """`python -m gluprune_jax.compare`: the numbers are those of the models it says, and survive being killed."""
 
 import csv
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 from test_evals_command import VOCABULARY, write_tokenizer
@@ -42,21 +44,8 @@ def argv(folder: Path) -> list[object]:
     return ["--model", folder / "model", "--mesh", "data=1", *calibration, *measure, *targets, "--seeds", 3]
 
 
-def run(capsys: Capture, *argv: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse leaves this way
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def report(capsys: Capture, *argv: object) -> dict[str, Any]:
-    status, out, err = run(capsys, *argv, "--json")
-    assert status == 0, err
-    document: dict[str, Any] = json.loads(out)
-    return document
+run = functools.partial(commands.run, main)
+report = functools.partial(commands.report, main)
 
 
 # --------------------------------------------------------------------------------------------------- what it does
@@ -66,7 +55,6 @@ def test_the_numbers_are_those_of_the_pruned_models(folder: Path, argv: list[obj
     """Each against the perplexity of the sliced model."""
     found = report(capsys, *argv, "--methods", *METHODS)
     checkpoint, windows = windows_of(folder)
-    checkpoint = convert.load(folder / "model")
     tokens = encode_text(load_tokenizer(checkpoint), (folder / "held-out.txt").read_text())[:256]
     chooser = Chooser(checkpoint.model, checkpoint.mlp_weights, windows=windows)
     name = str(folder / "held-out.txt")
@@ -218,6 +206,7 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         (["--width", 20, "--multiple-of", 30], "in multiples of 30 leaves layer 0 no neuron"),
         (["--width", 20, "--floor", "nan"], "--floor is nan"),
         (["--width", 20, "--output", folder / "text.txt"], "text.txt"),
+        (["--width", 20, "--tasks", "piqaa"], "did you mean piqa"),
         (["--width", 20, "--output", "gs://bucket/folder"], "is an address"),
     ]
     for options, message in late:

@@ -1,12 +1,14 @@
 """Dropped layers: the model without them, however it is pruned and written, and what cannot be dropped is refused."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,21 +96,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse leaves this way
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def report(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    status, out, err = run(capsys, *argv, "--json")
-    assert status == 0, err
-    document: dict[str, Any] = json.loads(out)
-    return document
+run = functools.partial(commands.run, main)
+report = functools.partial(commands.report, main)
 
 
 # -------------------------------------------------------------------------------------------------------- slicing

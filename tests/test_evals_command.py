@@ -1,5 +1,6 @@
 """`python -m evals`, from its arguments to the files it leaves and the sentence it refuses with."""
 
+import functools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import commands
 import numpy as np
 import pytest
 from tiny_models import hf_config, write_folder
@@ -98,20 +100,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> type[Backend]:
     return Fresh
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse leaves this way
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def report(capsys: pytest.CaptureFixture[str], *argv: object) -> Any:
-    status, out, err = run(capsys, *argv, "--json")
-    assert status == 0, err
-    return json.loads(out)
+run = functools.partial(commands.run, main)
+report = functools.partial(commands.report, main)
 
 
 ALL = ",".join(NAMES)

@@ -1,10 +1,12 @@
 """Pruning with calibration text: the options of `python -m gluprune_jax.prune`, what they give and what they refuse."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 from test_evals_command import VOCABULARY, write_tokenizer
@@ -14,11 +16,13 @@ import convert
 from convert.checkpoint import model_arrays
 from convert.tokenizer import encode_documents, load_tokenizer, separator
 from gluprune_jax import PruningPlan, documents
-from gluprune_jax.calibration import Statistics, collect, gram_matrices
+from gluprune_jax.activation_statistics import Statistics
+from gluprune_jax.calibration import collect, gram_matrices
 from gluprune_jax.compensation import compensate, with_down_projections
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import score
-from gluprune_jax.methods import Method, spread
+from gluprune_jax.method_options import spread
+from gluprune_jax.methods import Method
 from gluprune_jax.packing import pack
 from gluprune_jax.plan import make_plan
 from gluprune_jax.prune import main
@@ -48,21 +52,8 @@ def argv(folder: Path, tmp_path: Path) -> list[object]:
     return ["--model", folder / "model", *calibration, "--output", tmp_path / "out"]
 
 
-def run(capsys: Capture, *argv: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse leaves this way
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def report(capsys: Capture, *argv: object) -> dict[str, Any]:
-    status, out, err = run(capsys, *argv, "--json")
-    assert status == 0, err
-    document: dict[str, Any] = json.loads(out)
-    return document
+run = functools.partial(commands.run, main)
+report = functools.partial(commands.report, main)
 
 
 def arrays(checkpoint: convert.Checkpoint) -> dict[str, np.ndarray]:

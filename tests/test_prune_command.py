@@ -1,6 +1,7 @@
 """`python -m gluprune_jax.prune`, from its arguments to the files it leaves and the sentence it refuses with."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -46,21 +48,8 @@ def logits(model: Llama, tokens: np.ndarray = TOKENS) -> np.ndarray:
     return np.asarray(model.logits(hidden))
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse leaves this way
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def report(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    status, out, err = run(capsys, *argv, "--json")
-    assert status == 0, err
-    document: dict[str, Any] = json.loads(out)
-    return document
+run = functools.partial(commands.run, main)
+report = functools.partial(commands.report, main)
 
 
 # --------------------------------------------------------------------------------------------------- what it does

@@ -1,5 +1,6 @@
 """`python -m gluprune_jax.recover`, from its arguments to the files it leaves and the sentence it refuses with."""
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 from test_evals_command import VOCABULARY, write_tokenizer
@@ -52,14 +54,7 @@ def argv(folder: Path, tmp_path: Path) -> list[object]:
     return [*models, "--data", folder / "text.txt", folder / "lines.jsonl", *steps, "--output", tmp_path / "out"]
 
 
-def run(capsys: Capture, *argv: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse leaves this way
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
+run = functools.partial(commands.run, main)
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
