@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from evals.bootstrap import ITERATIONS, standard_errors
+from evals.degeneration import describe_text
 from evals.journal import Journal, request_key
 from evals.results import Result
 from evals.setting import SEEDS, json_digest
@@ -36,7 +37,7 @@ _PACKAGES = ("gluprune-jax", "jax", "lm_eval", "datasets", "transformers")
 
 
 class LoadedBenchmark(NamedTuple):
-    """A benchmark with its data, ready to be run once.
+    """A benchmark with its data, ready to be run on any number of models: each run is as if it were the first.
 
     Attributes:
       benchmark: what it is.
@@ -71,7 +72,7 @@ def load_benchmarks(
         wrong local data.
       OperationError: the data of a task cannot be had, or something that its checker needs.
     """
-    with _tamed(), task_datasets(data_dir):
+    with quiet_lm_eval(), task_datasets(data_dir):
         loaded = []
         for benchmark in benchmarks:
             loaded.append(_load(benchmark, task_manager, note))
@@ -94,11 +95,12 @@ def evaluate(
 
     An item's outcome is a mapping: "task", "doc_id" (position in its split), "doc_hash" and "target_hash" (SHA-256 of
     item and answer, as lm-eval computes them), "responses" (for each request the responses, one unless the task asks
-    several times), "metrics" (by lm-eval's key) and, for generated text, "filtered" (what each filter made of it).
+    several times), "metrics" (by lm-eval's key) and, for generated text, "filtered" (what each filter made of it) and
+    "text" (see `evals.degeneration.describe_text`).
 
     Args:
       lm: an `lm_eval.api.model.LM`.
-      loaded: from `load_benchmarks`, each to be used once.
+      loaded: from `load_benchmarks`.
       limit: the first so many items of each task; below 1, this share of them.
       apply_chat_template: wraps requests in the model's chat template, few-shot examples as turns of the conversation.
       journal: the one that `lm` writes its responses to, if it does.
@@ -136,7 +138,6 @@ def _load(benchmark: Benchmark, task_manager: Any, note: Callable[[str], None] |
         elif wanted is not None or own is None:
             task.set_config(key="num_fewshot", value=wanted or 0)
         check_examples(task)
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])
     if fixed and note:
         note(f"{benchmark.name} takes no few-shot examples but its own: {wanted} were asked for, and none are added")
     return LoadedBenchmark(benchmark, tasks, (random.getstate(), np.random.get_state()))
@@ -176,7 +177,9 @@ def _evaluate(
     start, answered = time.perf_counter(), 0 if journal is None else journal.answered
     random.setstate(loaded.random_state[0])
     np.random.set_state(loaded.random_state[1])
-    with _tamed(), standard_errors():
+    for task in loaded.tasks["tasks"].values():
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
+    with quiet_lm_eval(), standard_errors():
         _fix_language_detection()
         outcome = lm_eval.evaluate(
             lm,
@@ -195,7 +198,8 @@ def _evaluate(
         higher = outcome["higher_is_better"].get(benchmark.name, {}).get(headline.partition(",")[0]) is not False
     instances = [instance for task in tasks.values() for instance in task.instances]
     keys = [request_key(instance.request_type, instance.args) for instance in instances]
-    items = [item for task in tasks for item in _items(task, outcome["samples"][task])]
+    count_tokens = getattr(lm, "tok_encode", None)
+    items = [item for task in tasks for item in _items(task, outcome["samples"][task], count_tokens)]
     data = _data_digest(outcome, with_prompts=not apply_chat_template)
     return Result(
         benchmark=benchmark.name,
@@ -229,7 +233,7 @@ def _versions_and_devices() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _tamed() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """lm-eval without its bars, notes and prints at the terminal, and with each prompt template compiled once.
 
     It compiles its templates anew for every document, which takes three quarters of the time that prompts take.
@@ -306,7 +310,9 @@ def _data_digest(outcome: Mapping[str, Any], *, with_prompts: bool) -> str:
     return digest.hexdigest()
 
 
-def _items(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _items(
+    task: str, samples: Sequence[Mapping[str, Any]], tokenize: Callable[[str], Sequence[int]] | None
+) -> list[dict[str, Any]]:
     """lm-eval's samples, one for each item and filter, as one outcome for each item, without the data's text."""
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
@@ -324,6 +330,9 @@ def _items(task: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         item["metrics"] |= {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}
         if isinstance(sample["resps"][0][0], str):
             item.setdefault("filtered", {})[sample["filter"]] = _plain(sample["filtered_resps"])
+            prompt, decoding = sample["arguments"][0]
+            most = decoding.get("max_gen_toks")
+            item["text"] = describe_text(prompt, sample["resps"][0][0], tokenize, most)
     return list(items.values())
 
 

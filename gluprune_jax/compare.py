@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -34,14 +33,15 @@ from gluprune_jax.activation_statistics import describe_windows
 from gluprune_jax.allocation import FLOOR
 from gluprune_jax.atomic import check_file, write_file_atomic
 from gluprune_jax.criteria import find_criterion, inputs_of
-from gluprune_jax.distributed import broadcast_from_main, check_same, failing_together, is_main
+from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import Scores, fingerprint
 from gluprune_jax.memory import Evaluation
 from gluprune_jax.methods import Method, Pruned
-from gluprune_jax.model import Llama, ModelConfig
+from gluprune_jax.model import Llama
 from gluprune_jax.plan import make_plan, target_width
+from gluprune_jax.rows import Rows
 from gluprune_jax.trainable import checksum
 
 RESULTS_FILE, TABLE_FILE = "comparison.json", "comparison.csv"
@@ -136,9 +136,11 @@ def _compare(args: argparse.Namespace) -> None:
     chooser = methods.Chooser(
         checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
     )
-    results = Results.open(
+    results = Rows.open(
         None if args.output is None else args.output / RESULTS_FILE,
         {
+            "format": FORMAT,
+            "version": VERSION,
             "model": args.model,
             "weights": [fingerprint(checkpoint.model), checksum(checkpoint.model, mlps=False), args.dtype],
             "gluprune_jax": importlib.metadata.version("gluprune-jax"),
@@ -149,6 +151,7 @@ def _compare(args: argparse.Namespace) -> None:
             "floor": args.floor,
             "by_layer": args.by_layer,
         },
+        is_row=_is_row,
         overwrite=args.overwrite,
     )
     for row in run(wanted, targets, args.seeds, chooser, meter, results):
@@ -231,80 +234,16 @@ def _use(args: argparse.Namespace) -> Evaluation:
     return Evaluation(cached=args.window, decoded=0, slots=1, on_cpu=on_cpu)
 
 
-# --------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- rows
 
 
-class Results:
-    """The rows that are known, kept in a file if there is one.
-
-    Attributes:
-      document: what the file holds: what is compared and measured, and `rows`.
-    """
-
-    def __init__(self, path: Path | None, document: dict[str, Any]):
-        self._path, self.document = path, document
-
-    @classmethod
-    def open(cls, path: Path | None, about: Mapping[str, Any], *, overwrite: bool) -> "Results":
-        """Those in `path`, if they are of the same comparison; else new ones.
-
-        With several processes all must call it, and all get the rows of the first one, which writes the file: with
-        others, say where the folder is not shared, they would not compute the same, and wait for each other for ever.
-
-        Raises:
-          RequestError: the file is of another comparison and `overwrite` is false, or it is of something else.
-          OperationError: it cannot be read.
-        """
-        document = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **about}))
-        rows: list[Any] = []
-        with failing_together():
-            if is_main() and path is not None and path.exists():
-                found = _read(path)
-                rows = found.pop("rows")
-                if found != document:
-                    missing = object()
-                    keys = {**document, **found}
-                    different = next(key for key in keys if document.get(key, missing) != found.get(key, missing))
-                    if not overwrite:
-                        raise RequestError(
-                            f"{path} is of another comparison: its {different} differs; choose another --output, or "
-                            f"replace it with --overwrite"
-                        )
-                    rows = []
-        return cls(path, {**document, "rows": json.loads(broadcast_from_main(json.dumps(rows).encode()))})
-
-    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The row of a method, target and seed, if it is known."""
-        rows = self.document["rows"]
-        return next((row for row in rows if all(row[name] == value for name, value in key.items())), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keeps a row."""
-        self.document["rows"].append(row)
-        if self._path is not None:
-            with failing_together():
-                if is_main():
-                    write_file_atomic(self._path, json.dumps(self.document, indent=1).encode(), overwrite=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OperationError(f"{path} cannot be read: {error}; remove it to start anew") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("rows"), list):
-        raise RequestError(f"{path} is no comparison and is not replaced; choose another --output")
-    for number, row in enumerate(found["rows"]):
-        if not _is_row(row) or (row["method"] == "dense") != (number == 0):
-            raise OperationError(f"{path} is damaged at row {number}; remove it to start anew")
-    return found
-
-
-def _is_row(row: Any) -> bool:
-    """Whether a row of a file is one that could have been written there."""
+def _is_row(number: int, row: Any) -> bool:
+    """Whether a row of a file is one that could have been written there: the dense model's comes first."""
     if not isinstance(row, dict) or not isinstance(row.get("method"), str) or not {"target", "seed"} <= row.keys():
         return False
     perplexities, benchmarks = row.get("perplexity"), row.get("benchmarks", {})
+    if (row["method"] == "dense") != (number == 0):
+        return False
     if not isinstance(perplexities, dict) or not isinstance(benchmarks, dict):
         return False
     values = [row.get("expansion_ratio"), *perplexities.values()]
@@ -321,7 +260,7 @@ def run(
     seeds: int,
     chooser: methods.Chooser,
     meter: "_Meter",
-    results: Results,
+    results: Rows,
 ) -> Iterator[Mapping[str, Any]]:
     """Measures what is not in `results` yet, and yields each row as it is added; the dense model comes first."""
     dense = {"method": "dense", "target": None, "seed": None}
@@ -384,8 +323,8 @@ class _Meter:
         """Perplexities and benchmarks of the dense model (None) or of a pruned one."""
         config = self._checkpoint.config
         model = self._checkpoint.model if pruned is None else pruned.apply(self._checkpoint.model)
-        # The dense model runs under a mask too, in the same programs.
-        masks = _everything(config) if pruned is None else pruned.plan.masks(config)
+        # Without masks the model runs in the same programs, under masks that keep everything.
+        masks = None if pruned is None else pruned.plan.masks(config)
         found: dict[str, Any] = {"perplexity": {}}
         for name, tokens in self._tokens.items():
             with terminal.count_progress("perplexity", len(tokens), "tokens") as progress:
@@ -397,13 +336,6 @@ class _Meter:
             checkpoint = dataclasses.replace(self._checkpoint, model=model)
             found["benchmarks"] = _benchmarks(self._args, self._tasks, checkpoint, masks)
         return found
-
-
-def _everything(config: ModelConfig) -> tuple[NDArray[np.float32], ...]:
-    return tuple(
-        (np.arange(stored) < size).astype(np.float32)
-        for size, stored in zip(config.intermediate_sizes, config.stored_intermediate_sizes, strict=True)
-    )
 
 
 def _find_tasks(tasks: str) -> tuple[Sequence[Benchmark], Any]:

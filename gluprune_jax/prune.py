@@ -212,9 +212,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
     if args.output and not args.dry_run:
         measure = _Measurements(args, checkpoint, texts) if measuring else None
         if measure:
-            # The dense model runs under a mask only where the random baseline is to share its compiled program.
-            everything = dataclasses.replace(plan, kept=tuple(map(np.arange, dense.intermediate_sizes)))
-            measure.take("dense", model, everything.masks(dense) if args.random_baseline else None)
+            measure.take("dense", model)
             if args.random_baseline:
                 measure.take_random(model, plan, chooser.scores("random", args.seed))
             clock.lap("measure")

@@ -165,12 +165,12 @@ def test_a_killed_comparison_goes_on(folder: Path, argv: list[object], tmp_path:
     code = (
         "import os, sys\n"
         "from gluprune_jax import compare\n"
-        "add, count = compare.Results.add, [0]\n"
+        "add, count = compare.Rows.add, [0]\n"
         "def killing(self, row):\n"
         "    add(self, row)\n"
         "    count[0] += 1\n"
         "    if count[0] == 3: os.kill(os.getpid(), 9)\n"
-        "compare.Results.add = killing\n"
+        "compare.Rows.add = killing\n"
         "compare.main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, *map(str, argv), "--methods", "ppm", "hybrid+least-squares"]

@@ -1,0 +1,214 @@
+"""What a model that knows nothing scores, computed on the same items as the models.
+
+A score is worth its distance from that. A model whose answers have become noise does not score zero: it guesses right,
+prefers short answers, or writes texts that pass a checker of form. So "holds" and "improves" mean something above the
+floor only, and a score that moves toward the floor is information lost, from above and from below alike.
+
+Multiple choice: a uniform guess, each answer always (where all items have the same choices, such as the letters of
+MMLU), the shortest and the longest choice. Metrics of all log-likelihoods (TruthfulQA MC2): equal ones, such by length alone (one
+nat a character), random ones. Generated answers: nothing, one common word 200 times, common words at random in one
+line and in many, the prompt once and three times. Perplexity: every token of the vocabulary equally likely.
+
+All go through the benchmark's own checker. Ties are not broken by position but shared: a rule that leaves two choices
+gets the mean of what they are worth.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import LM
+
+from evals.outcomes import Outcomes, outcomes_of_items
+from evals.run import LoadedBenchmark, evaluate, quiet_lm_eval
+
+_WORDS = """the of and to a in is it you that he was for on are with as his they be at one have this from or had by
+not but what all were we when your can said there use an each which she do how their if will up other about out many
+then them these so some her would make like him into time has look two more go see no way could people my than first
+water been call who its now find long down day did get come made may part""".split()
+_REPEATS, _LINE_WORDS = 200, 10
+
+_DRAWS = 100
+# Of random log-likelihoods, in nats: enough that one choice usually takes it all, as with a model's own.
+_SPREAD = 10.0
+# A choice's log-likelihood that makes another one the best, also after division by lengths.
+_NEVER = -1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What one contentless responder scores.
+
+    Attributes:
+      responder: says what it does.
+      outcomes: its outcomes on the items.
+    """
+
+    responder: str
+    outcomes: Outcomes
+
+
+def floors(
+    loaded: LoadedBenchmark,
+    metric: str,
+    *,
+    limit: int | float | None = None,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+    vocab_size: int | None = None,
+) -> list[Floor]:
+    """Every responder that fits a benchmark.
+
+    Args:
+      loaded: from `evals.run.load_benchmarks`.
+      metric: lm-eval's key of the metric, such as "acc_norm,none".
+      limit: as for `evals.run.evaluate`.
+      tokenize: the tokenizer, for perplexities; without it they have no floor.
+      vocab_size: tokens that are equally likely.
+
+    Returns:
+      The responders; none where the benchmark asks for something else.
+    """
+    kinds = {task.OUTPUT_TYPE for task in loaded.tasks["tasks"].values()}
+    if kinds == {"multiple_choice"}:
+        return _of_choices(loaded, metric, limit)
+    if kinds == {"generate_until"}:
+        return [_played(loaded, metric, limit, name, _Texts(text)) for name, text in _TEXTS.items()]
+    if kinds <= {"loglikelihood", "loglikelihood_rolling"} and tokenize is not None and vocab_size is not None:
+        lm = _UniformTokens(tokenize, math.log(vocab_size))
+        return [_played(loaded, metric, limit, f"all {vocab_size:,} tokens equally likely", lm)]
+    return []
+
+
+def best_floor(found: Iterable[Floor], *, higher_is_better: bool) -> Floor | None:
+    """The responder that comes out best: no model needs to know anything to do as well."""
+    chosen = max if higher_is_better else min
+    return chosen(found, key=lambda floor: floor.outcomes.value, default=None)
+
+
+# ------------------------------------------------------------------------------------------------------- choices
+
+
+def _of_choices(loaded: LoadedBenchmark, metric: str, limit: int | float | None) -> list[Floor]:
+    name, _, _ = metric.partition(",")
+    of_likelihood = any(callable(task.config.process_results) for task in loaded.tasks["tasks"].values())
+    by_rule: dict[str, dict[tuple[str, int], float]] = {}
+    labels: set[tuple[str, ...]] = set()
+    with quiet_lm_eval():
+        for task_name, doc_id, task, doc in _documents(loaded, limit):
+            choices = [str(choice) for choice in task.doc_to_choice(doc)]
+            rules = _likelihoods(task, doc, name, choices) if of_likelihood else _credits(task, doc, name, choices)
+            labels.add(tuple(choices))
+            for rule, value in rules.items():
+                by_rule.setdefault(rule, {})[task_name, doc_id] = value
+    if of_likelihood or len(labels) == 1:
+        rules_kept = by_rule
+    else:  # a position that no model can see is no answer
+        rules_kept = {rule: values for rule, values in by_rule.items() if not rule.startswith("always ")}
+    return [Floor(rule, Outcomes.of(values)) for rule, values in rules_kept.items()]
+
+
+def _credits(task: Any, doc: Any, metric: str, choices: Sequence[str]) -> dict[str, float]:
+    """What each rule is worth on an item, from what each choice is worth."""
+    worth = [
+        _score(task, doc, metric, np.where(np.arange(len(choices)) == i, 0.0, _NEVER)) for i in range(len(choices))
+    ]
+    lengths = [len(choice) for choice in choices]
+    return {
+        "a uniform guess": float(np.mean(worth)),
+        **{f"always {choice.strip()!r}": value for choice, value in zip(choices, worth, strict=True)},
+        "the shortest choice": float(np.mean([w for w, n in zip(worth, lengths, strict=True) if n == min(lengths)])),
+        "the longest choice": float(np.mean([w for w, n in zip(worth, lengths, strict=True) if n == max(lengths)])),
+    }
+
+
+def _likelihoods(task: Any, doc: Any, metric: str, choices: Sequence[str]) -> dict[str, float]:
+    """What an item is worth to a rule that gives log-likelihoods, for metrics that depend on more than the best."""
+    draws = np.random.default_rng(len(choices)).normal(scale=_SPREAD, size=(_DRAWS, len(choices)))
+    return {
+        "equal log-likelihoods": _score(task, doc, metric, np.zeros(len(choices))),
+        "log-likelihoods by length": _score(task, doc, metric, -np.array([float(len(choice)) for choice in choices])),
+        "random log-likelihoods": float(np.mean([_score(task, doc, metric, draw) for draw in draws])),
+    }
+
+
+def _score(task: Any, doc: Any, metric: str, log_likelihoods: Iterable[float]) -> float:
+    return float(task.process_results(doc, [(float(value), False) for value in log_likelihoods])[metric])
+
+
+def _documents(loaded: LoadedBenchmark, limit: int | float | None) -> Iterator[tuple[str, int, Any, Any]]:
+    for name, task in loaded.tasks["tasks"].items():
+        share = math.ceil(len(task.eval_docs) * limit) if limit is not None and limit < 1 else limit
+        for doc_id, doc in task.doc_iterator(limit=share):
+            yield name, doc_id, task, doc
+
+
+# --------------------------------------------------------------------------------------------------- what is played
+
+
+def _played(loaded: LoadedBenchmark, metric: str, limit: int | float | None, responder: str, lm: LM) -> Floor:
+    (result,) = evaluate(lm, [loaded], limit=limit, bootstrap_iterations=0)
+    return Floor(responder, outcomes_of_items(result.items, metric))
+
+
+def _line(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choices(_WORDS, k=count))
+
+
+_TEXTS: Mapping[str, Callable[[str, random.Random], str]] = {
+    "nothing": lambda prompt, rng: "",
+    "one word repeated": lambda prompt, rng: " ".join(["the"] * _REPEATS),
+    "random words in one line": lambda prompt, rng: _line(rng, _REPEATS),
+    "random words in many lines": lambda prompt, rng: "\n\n".join(
+        _line(rng, _LINE_WORDS) for _ in range(_REPEATS // _LINE_WORDS)
+    ),
+    "the prompt": lambda prompt, rng: prompt,
+    "the prompt three times": lambda prompt, rng: "\n\n".join([prompt] * 3),
+}
+
+
+class _Texts(LM):  # type: ignore[misc]
+    """Writes the same kind of text whatever is asked, ended where the task says that answers end."""
+
+    def __init__(self, text: Callable[[str, random.Random], str]) -> None:
+        super().__init__()
+        self._text = text
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        answers = []
+        for number, request in enumerate(requests):
+            prompt, settings = request.args
+            answer = self._text(prompt, random.Random(number))
+            stops = settings.get("until") or []
+            for stop in [stops] if isinstance(stops, str) else stops:
+                answer = answer.split(stop)[0] if stop else answer
+            answers.append(answer)
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        raise NotImplementedError("it writes texts")
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError("it writes texts")
+
+
+class _UniformTokens(LM):  # type: ignore[misc]
+    """Finds every token equally likely."""
+
+    def __init__(self, tokenize: Callable[[str], Sequence[int]], nats: float) -> None:
+        super().__init__()
+        self._tokenize, self._nats = tokenize, nats
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [
+            (-self._nats * (len(self._tokenize(context + continuation)) - len(self._tokenize(context))), False)
+            for context, continuation in (request.args for request in requests)
+        ]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        return [-self._nats * len(self._tokenize(request.args[0])) for request in requests]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError("it writes no texts")

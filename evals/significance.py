@@ -1,0 +1,228 @@
+"""What a difference between two models is worth: intervals, tests, trends and correlations, on outcomes of items.
+
+All comparisons are paired: both models answered the same items, and what is looked at is each item's difference. Two
+models that agree on most items can be told apart by few of them, which standard errors of the two means cannot.
+
+| outcomes | interval | test |
+|---|---|---|
+| right or wrong | percentile bootstrap over items | McNemar's, exact: a binomial test on the items that differ |
+| any other number | percentile bootstrap over items | Student's t on the differences |
+| log-likelihoods with weights (perplexities) | the same, of the ratio of sums | Student's t on the differences |
+
+Several tests together are corrected by Holm's step-down rule, which holds whatever their dependence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.95
+ITERATIONS = 10_000
+
+_NUMBERS_AT_ONCE = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A difference of means with what is known of it.
+
+    Attributes:
+      difference: of the means, second minus first.
+      low: lower end of its interval.
+      high: upper end of its interval.
+      p_value: two-sided, of no difference.
+      test: how it was computed.
+      items: how many.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+    items: int
+
+
+def compare_paired(
+    first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None, *, confidence: float = CONFIDENCE
+) -> Comparison:
+    """Compares two models by their outcomes on the same items.
+
+    Args:
+      first: outcomes `[N]` of the first model, finite numbers.
+      second: outcomes `[N]` of the second.
+      weights: positive numbers `[N]` where the mean is one of sums, such as the words of documents: the difference is
+        then `sum(second - first) / sum(weights)`.
+      confidence: of the interval.
+
+    Raises:
+      ValueError: no items, different shapes, or a number that is not finite.
+    """
+    a, b = _vector(first), _vector(second)
+    w = None if weights is None else _vector(weights)
+    if a.shape != b.shape or (w is not None and w.shape != a.shape):
+        raise ValueError(f"outcomes of {a.size} and of {b.size} items cannot be paired")
+    difference = b - a
+    low, high = bootstrap_interval(difference, w, confidence=confidence)
+    p_value, test = _p_value(a, b)
+    total = float(a.size if w is None else w.sum())
+    return Comparison(float(difference.sum()) / total, low, high, p_value, test, a.size)
+
+
+def compare_published(
+    first: float,
+    first_stderr: float,
+    second: float,
+    second_stderr: float,
+    items: int,
+    *,
+    confidence: float = CONFIDENCE,
+) -> Comparison:
+    """Compares two values of which only standard errors are known, as if they came from different items.
+
+    Values from the same items are usually closer than that: the test errs toward finding no difference.
+    """
+    stderr = math.hypot(first_stderr, second_stderr)
+    difference = second - first
+    reach = float(scipy.stats.norm.ppf(0.5 + confidence / 2)) * stderr
+    p_value = (
+        (1.0 if difference == 0 else 0.0) if stderr == 0 else 2 * float(scipy.stats.norm.sf(abs(difference / stderr)))
+    )
+    return Comparison(difference, difference - reach, difference + reach, p_value, "z of independent samples", items)
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    iterations: int = ITERATIONS,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean, or of `sum(values) / sum(weights)`, over items.
+
+    Items with equal values and weights are drawn together, as one multinomial count: the distribution is that of
+    drawing items one by one, and right-or-wrong outcomes cost the same for fourteen thousand items as for ten.
+
+    Args:
+      values: `[N]`.
+      weights: positive numbers `[N]`.
+      confidence: of the interval.
+      iterations: sets of items drawn.
+      seed: of the draws.
+    """
+    columns = np.stack([_vector(values), np.ones(np.size(values)) if weights is None else _vector(weights)])
+    distinct, counts = np.unique(columns, axis=1, return_counts=True)
+    if distinct.shape[1] == 1:
+        ratio = float(distinct[0, 0] / distinct[1, 0])
+        return ratio, ratio
+    random = np.random.default_rng(seed)
+    at_once = max(1, _NUMBERS_AT_ONCE // counts.size)
+    estimates = []
+    for start in range(0, iterations, at_once):
+        drawn = random.multinomial(counts.sum(), counts / counts.sum(), size=min(at_once, iterations - start))
+        sums = drawn @ distinct.T
+        estimates.append(sums[:, 0] / sums[:, 1])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """P-values corrected for their number by Holm's step-down rule (Scandinavian Journal of Statistics 6, 1979)."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((p.size - np.arange(p.size)) * p[order])
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(stepped, 1)
+    return corrected
+
+
+def trend(levels: ArrayLike, outcomes: ArrayLike, weights: ArrayLike | None = None) -> Comparison:
+    """The slope of the mean over levels, from each item's own slope, so that what items have in common drops out.
+
+    Args:
+      levels: `[M]`, at least two different numbers, such as the share of neurons removed.
+      outcomes: `[M, N]`, of each level and item.
+      weights: `[N]`, as for `compare_paired`.
+
+    Returns:
+      The slope in outcome per unit of level as the difference, with its interval, tested for being zero.
+
+    Raises:
+      ValueError: fewer than two different levels, or shapes that do not fit.
+    """
+    x, y = _vector(levels), np.asarray(outcomes, np.float64)
+    centred = x - x.mean()
+    spread = float(centred @ centred)
+    if spread == 0 or y.shape[:1] != x.shape:
+        raise ValueError(f"a trend needs outcomes at two different levels or more; got {x.tolist()}")
+    slopes = centred @ y / spread
+    found = compare_paired(np.zeros_like(slopes), slopes, weights)
+    return dataclasses.replace(found, test="t of the slopes of items")
+
+
+def trend_published(levels: ArrayLike, values: ArrayLike, stderrs: ArrayLike, items: int) -> Comparison:
+    """The slope of published values over levels by weighted least squares, as if levels had different items."""
+    x, y, s = _vector(levels), _vector(values), _vector(stderrs)
+    w = 1 / np.square(s)
+    centred = x - (w @ x) / w.sum()
+    spread = float(w @ np.square(centred))
+    slope = float(w @ (centred * y)) / spread
+    found = compare_published(0.0, 0.0, slope, spread**-0.5, items)
+    return dataclasses.replace(found, test="z of the weighted slope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Pearson's correlation of two benchmarks over levels.
+
+    Attributes:
+      r: the coefficient.
+      low: lower end of its interval by Fisher's transformation.
+      high: upper end.
+      p_value: two-sided, of no correlation.
+      points: how many levels.
+    """
+
+    r: float
+    low: float
+    high: float
+    p_value: float
+    points: int
+
+
+def correlate(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
+    """Pearson's correlation with its interval; None for fewer than four points, or where one side does not vary."""
+    if len(first) < 4 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    found = scipy.stats.pearsonr(first, second)
+    interval = found.confidence_interval(CONFIDENCE)
+    return Correlation(
+        float(found.statistic), float(interval.low), float(interval.high), float(found.pvalue), len(first)
+    )
+
+
+def _p_value(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, str]:
+    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        gained, lost = int((b > a).sum()), int((a > b).sum())
+        if gained + lost == 0:
+            return 1.0, "McNemar, exact"
+        return float(scipy.stats.binomtest(gained, gained + lost).pvalue), "McNemar, exact"
+    difference = b - a
+    if np.ptp(difference) == 0:  # there is no variance, but all of them have one sign
+        return 1.0 if difference[0] == 0 else 0.5 ** (difference.size - 1), "sign, exact"
+    return float(scipy.stats.ttest_1samp(difference, 0).pvalue), "t, paired"
+
+
+def _vector(values: ArrayLike) -> NDArray[np.float64]:
+    vector = np.asarray(values, np.float64)
+    if vector.ndim != 1 or vector.size == 0:
+        raise ValueError(f"outcomes have shape {vector.shape}; expected one number for each of at least one item")
+    if not np.isfinite(vector).all():
+        raise ValueError("an outcome is not finite")
+    return vector
