@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lm_eval(argv: Sequence[str]) -> int:
     from evals.lm_eval_command import run_lm_eval
 
-    _use_compilation_cache()
+    use_compilation_cache()
     return run_lm_eval(argv)
 
 
@@ -204,7 +204,7 @@ def _run(args: argparse.Namespace, limit: int | float | None, plan: PruningPlan 
         data_dir = data_folder(args.data_dir)
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(benchmarks, manager, data_dir=data_dir, note=_note, on_loaded=progress)
-    _use_compilation_cache()
+    use_compilation_cache()
     checkpoint, setting = _load_model(args, plan)
     with open_setting(args.output, setting) as folder:
         lm = GlupruneLM.from_checkpoint(
@@ -298,7 +298,7 @@ def _show_memory(args: argparse.Namespace) -> None:
         print(json.dumps({"model": args.model, "memory": memory.summary(size)}, indent=1))
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keeps compiled programs for the next run, in the user's cache folder unless JAX was told where."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

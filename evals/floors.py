@@ -5,9 +5,9 @@ prefers short answers, or writes texts that pass a checker of form. So "holds" a
 floor only, and a score that moves toward the floor is information lost, from above and from below alike.
 
 Multiple choice: a uniform guess, each answer always (where all items have the same choices, such as the letters of
-MMLU), the shortest and the longest choice. Metrics of all log-likelihoods (TruthfulQA MC2): equal ones, such by length alone (one
-nat a character), random ones. Generated answers: nothing, one common word 200 times, common words at random in one
-line and in many, the prompt once and three times. Perplexity: every token of the vocabulary equally likely.
+MMLU), the shortest and the longest choice. Metrics of all log-likelihoods (TruthfulQA MC2): equal ones, such by length
+alone (one nat a character), random ones. Generated answers: nothing, one common word 200 times, common words at random
+in one line and in many, the prompt once and three times. Perplexity: every token of the vocabulary equally likely.
 
 All go through the benchmark's own checker. Ties are not broken by position but shared: a rule that leaves two choices
 gets the mean of what they are worth.

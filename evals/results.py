@@ -157,7 +157,7 @@ class SettingFolder:
         """
         path = self.path / f"{result.file_stem}.json"
         if result.computed == 0 and path.is_file():
-            stored = _load_result(path)
+            stored = load_result(path)
             if stored.identity == result.identity and stored.metrics == result.metrics:
                 return stored
         lines = b"".join(_json(item, indent=None) for item in result.items)
@@ -237,6 +237,23 @@ def load_results(root: Path) -> list[SettingResults]:
     return [_load_folder(path) for path in _setting_paths(root)]
 
 
+def load_result(path: Path) -> Result:
+    """Reads one result, without its items.
+
+    Raises:
+      RequestError: it is of a later version.
+      OperationError: it is not there or damaged.
+    """
+    record = _load(path, "result")
+    try:
+        result = Result(**{f.name: record[f.name] for f in dataclasses.fields(Result) if f.name != "items"})
+        if not (isinstance(result.value, float) and isinstance(result.stderr, float | None)):
+            raise TypeError(f"{result.metric} is no number")
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"{type(error).__name__} at {error}") from error
+    return result
+
+
 def load_items(folder: Path, result: Result) -> list[dict[str, Any]]:
     """Reads the outcomes of a result's items.
 
@@ -256,7 +273,7 @@ def load_items(folder: Path, result: Result) -> list[dict[str, Any]]:
 
 
 def _load_folder(path: Path) -> SettingResults:
-    results = (_load_result(file) for file in sorted(path.glob("*.json")) if file.name != SETTING_FILE)
+    results = (load_result(file) for file in sorted(path.glob("*.json")) if file.name != SETTING_FILE)
     return SettingResults(path, _load_setting(path / SETTING_FILE), tuple(results))
 
 
@@ -280,17 +297,6 @@ def _load_setting(path: Path) -> Setting:
     if record.get("digest") != json_digest(setting.decides):
         raise _damaged(path, "its digest is not that of its content")
     return setting
-
-
-def _load_result(path: Path) -> Result:
-    record = _load(path, "result")
-    try:
-        result = Result(**{f.name: record[f.name] for f in dataclasses.fields(Result) if f.name != "items"})
-        if not (isinstance(result.value, float) and isinstance(result.stderr, float | None)):
-            raise TypeError(f"{result.metric} is no number")
-    except (KeyError, TypeError) as error:
-        raise _damaged(path, f"{type(error).__name__} at {error}") from error
-    return result
 
 
 def _load(path: Path, kind: str) -> dict[str, Any]:

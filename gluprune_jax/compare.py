@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import decimal
 import hashlib
 import importlib
 import importlib.metadata
@@ -40,14 +39,13 @@ from gluprune_jax.importance import Scores, fingerprint
 from gluprune_jax.memory import Evaluation
 from gluprune_jax.methods import Method, Pruned
 from gluprune_jax.model import Llama
-from gluprune_jax.plan import make_plan, target_width
+from gluprune_jax.plan import TARGETS, make_plan, spell_target, target_width
 from gluprune_jax.rows import Rows
 from gluprune_jax.trainable import checksum
 
 RESULTS_FILE, TABLE_FILE = "comparison.json", "comparison.csv"
 PLOT_FILES = ("comparison.png", "comparison.svg")
 FORMAT, VERSION = "gluprune-comparison", 1
-_TARGETS = {"prune_percent": "{} %", "expansion_ratio": "{}x", "width": "{}"}
 
 DESCRIPTION = """\
 Prunes one model in several ways to several sizes, and compares the perplexities (and benchmarks) of all of them.
@@ -185,7 +183,7 @@ def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def _targets(args: argparse.Namespace) -> list[dict[str, Any]]:
-    (kind,) = (name for name in _TARGETS if getattr(args, name) is not None)
+    (kind,) = (name for name in TARGETS if getattr(args, name) is not None)
     targets = [{kind: value, "multiple_of": args.multiple_of} for value in getattr(args, kind)]
     for value in getattr(args, kind):
         target_width(100, 100, **{kind: value})  # what is no such number is refused before a model is loaded
@@ -203,7 +201,7 @@ def _check_request(args: argparse.Namespace, wanted: Sequence[Method], targets: 
             raise RequestError(f"--{flag.replace('_', '-')} is {value}; it must be at least {least}")
     if doubled := [text for text in args.methods if args.methods.count(text) > 1]:
         raise RequestError(f"--methods has {doubled[0]} twice; give each once")
-    spelled = [spell(target) for target in targets]
+    spelled = [spell_target(target) for target in targets]
     if doubled := [text for text in spelled if spelled.count(text) > 1]:
         raise RequestError(f"{doubled[0]} is asked for twice; give each size once")
     if args.by_layer and len(targets) > 1:
@@ -270,7 +268,7 @@ def run(
     for method in wanted:
         draws = "key" in inputs_of(find_criterion(method.criterion)[1])
         for seed in range(seeds) if draws else (None,):
-            keys = [{"method": str(method), "target": spell(target), "seed": seed} for target in targets]
+            keys = [{"method": str(method), "target": spell_target(target), "seed": seed} for target in targets]
             missing = [number for number, key in enumerate(keys) if results.find(key) is None]
             seeded = dataclasses.replace(method, seed=seed or 0)
             # In order, nothing is shared between targets: each is written down before the next is computed.
@@ -282,14 +280,6 @@ def run(
                         about["layer"] = targets[number]["layers"][0]
                     results.add({**keys[number], **about, **pruned.record(), **meter.measure(pruned)})
                     yield results.document["rows"][-1]
-
-
-def spell(target: Mapping[str, Any]) -> str:
-    """A target as tables show it: "20 %", "2.4x", "4096", "20 % of layer 3"."""
-    (kind,) = (name for name in _TARGETS if name in target)
-    where = f" of layer {target['layers'][0]}" if "layers" in target else ""
-    number = f"{decimal.Decimal(str(target[kind])).normalize():f}"  # 1.20 is 1.2, and 20.0 is 20
-    return _TARGETS[kind].format(number) + where
 
 
 class _Meter:

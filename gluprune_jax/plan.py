@@ -5,6 +5,7 @@ as ranges ("0-3,5" is 0, 1, 2, 3, 5); a layer that is dropped keeps none.
 """
 
 import dataclasses
+import decimal
 import importlib.metadata
 import json
 import math
@@ -26,6 +27,8 @@ from gluprune_jax.model import ModelConfig
 
 FORMAT, VERSION = "gluprune-plan", 1
 MAX_NEURONS = 1 << 24  # of a layer in a plan file: a damaged number must not fill the memory
+# How widths can be asked for, and how tables spell it.
+TARGETS = {"prune_percent": "{} %", "expansion_ratio": "{}x", "width": "{}"}
 TIE_RULE = "among equal scores the lower index is kept"
 WIDTHLESS = "--layers and --multiple-of refine --expansion-ratio, --prune-percent or --width; none of these is given"
 
@@ -403,6 +406,14 @@ def target_width(
         return width_for_expansion_ratio(expansion_ratio, hidden_size)
     assert width is not None
     return width
+
+
+def spell_target(target: Mapping[str, Any]) -> str:
+    """A target as tables show it: "20 %", "2.4x", "4096", "20 % of layer 3"."""
+    (kind,) = (name for name in TARGETS if name in target)
+    where = f" of layer {target['layers'][0]}" if "layers" in target else ""
+    number = f"{decimal.Decimal(str(target[kind])).normalize():f}"  # 1.20 is 1.2, and 20.0 is 20
+    return TARGETS[kind].format(number) + where
 
 
 def _check_layers(layers: Sequence[int], num_layers: int, *, empty: bool = False) -> set[int]:

@@ -1,0 +1,341 @@
+"""The figures of a study, each one Vega-Lite specification: interactive on the page, and drawn as PNG and SVG."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from evals.paper import paper_study, published
+from evals.report.tables import name_point
+from evals.significance import Comparison
+from evals.study import DENSE, KNOWLEDGE, TRUTHFULNESS, Analysis, StudiedBenchmark, Study, analyse
+
+# Okabe and Ito's, which colour-blind readers can tell apart, without black and yellow: on light and dark they vanish.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
+_GROUPS = ("fragile", "robust", "improving", "uninformative", "not tested")
+_NEUTRAL = "#8a8a8a"
+_PANEL = {"width": 190, "height": 130}
+# Of models in the picture of kept neurons.
+_MOST_MAPS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+      name: of its files.
+      title: one line.
+      caption: how to read it; also what a screen reader says.
+      spec: Vega-Lite, as JSON.
+    """
+
+    name: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+
+
+def study_figures(study: Study, analysis: Analysis) -> list[Figure]:
+    """All figures that a study has something for."""
+    found = [
+        dichotomy(study, analysis),
+        fragile_and_robust(study, analysis),
+        perplexities(study),
+        knowledge_and_truthfulness(study),
+        kept_neurons(study),
+        against_paper(study, analysis),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
+    """Every benchmark relative to the dense model, with intervals and what takes no knowledge."""
+    data = relative(study, analysis)
+    if not data:
+        return None
+    base = alt.Chart().encode(x=_ratio_axis())
+    band = (
+        alt.Chart()
+        .transform_aggregate(low="min(floor_low)", high="max(floor_high)", groupby=["benchmark"])
+        .mark_rect(color=_NEUTRAL, opacity=0.3)
+        .encode(y="low:Q", y2="high:Q")
+    )
+    dense = alt.Chart().mark_rule(color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    error = base.mark_rule().encode(y=_relative_axis("low:Q"), y2="high:Q", color=_methods(study))
+    line = base.mark_line().encode(y=_relative_axis(), color=_methods(study))
+    point = base.mark_point(filled=True, size=45, opacity=1).encode(
+        y=_relative_axis(), color=_methods(study), shape=_shapes(study), tooltip=_tooltip()
+    )
+    chart = (
+        alt.layer(band, dense, error, line, point, data=alt.InlineData(data))
+        .properties(**_PANEL)
+        .facet(facet=alt.Facet("benchmark:N", title=None, sort=_titles(study)), columns=4)
+        .resolve_scale(y="independent")
+    )
+    caption = (
+        "Over the expansion ratio (intermediate size over hidden size), each benchmark as a share of the dense score "
+        "(of perplexities the inverse), with 95 % intervals of the difference. Grey: what responders that know nothing "
+        "score, worst to best. Only what is above the grey band can hold or improve."
+    )
+    return Figure("dichotomy", "All benchmarks against the expansion ratio", caption, _spec(chart))
+
+
+def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
+    """All benchmarks in one panel for each method, coloured by what became of them."""
+    data = [row | {"group": _group(analysis, row)} for row in relative(study, analysis) if row["method"] != DENSE]
+    if not data:
+        return None
+    chosen = alt.selection_point(fields=["benchmark"], on="pointerover", nearest=True, empty=False)
+    colours = [COLOURS[1], COLOURS[0], *COLOURS[2:4], _NEUTRAL]
+    colour = alt.Color("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=colours))
+    base = alt.Chart().encode(x=_ratio_axis(), y=_relative_axis(), color=colour, detail="benchmark:N")
+    line = base.mark_line().encode(size=alt.condition(chosen, alt.value(4), alt.value(1.5)))
+    point = base.mark_point(filled=True, size=50, opacity=1).encode(
+        shape=alt.Shape("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES[:5]))),
+        tooltip=_tooltip(),
+    )
+    rule = alt.Chart().mark_rule(color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    chart = (
+        alt.layer(rule, line, point.add_params(chosen), data=alt.InlineData(data))
+        .properties(width=420, height=280)
+        .facet(facet=alt.Facet("method:N", title=None), columns=2)
+    )
+    caption = (
+        "The same lines in one panel for each method. Fragile: some level is significantly worse than dense. "
+        "Uninformative: the dense model is not above the floor, so that nothing can be lost."
+    )
+    return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart))
+
+
+def perplexities(study: Study) -> Figure | None:
+    """Perplexities on a logarithmic axis."""
+    data = [
+        {
+            "benchmark": benchmark.title,
+            "method": method,
+            "level": point.level,
+            "expansion_ratio": point.expansion_ratio,
+            "value": measured.value,
+            "floor": benchmark.floor[1].value if benchmark.floor else None,
+        }
+        for benchmark in study.benchmarks
+        if benchmark.is_perplexity
+        for method in study.methods
+        for point in study.of_method(method)
+        if (measured := benchmark.measured.get(point)) is not None and math.isfinite(measured.value)
+    ]
+    if not data:
+        return None
+    y = alt.Y("value:Q", title="perplexity", scale=alt.Scale(type="log"))
+    base = alt.Chart().encode(x=_ratio_axis(), y=y, color=_methods(study))
+    point = base.mark_point(filled=True, size=50, opacity=1).encode(
+        shape=_shapes(study), tooltip=["benchmark:N", "method:N", "level:N", alt.Tooltip("value:Q", format=",.2f")]
+    )
+    floor = (
+        alt.Chart()
+        .transform_filter("isValid(datum.floor)")
+        .mark_rule(color=_NEUTRAL, strokeDash=[2, 2])
+        .encode(y=alt.Y("min(floor):Q", scale=alt.Scale(type="log")))
+    )
+    chart = (
+        alt.layer(floor, base.mark_line(), point, data=alt.InlineData(data))
+        .properties(width=320, height=240)
+        .facet(facet=alt.Facet("benchmark:N", title=None), columns=2)
+        .resolve_scale(y="independent")
+    )
+    caption = "Perplexities; the dotted line is that of a model to which all tokens are equally likely."
+    return Figure("perplexity", "Perplexity", caption, _spec(chart))
+
+
+def knowledge_and_truthfulness(study: Study) -> Figure | None:
+    """MMLU against TruthfulQA MC2, level by level."""
+    found = {benchmark.name: benchmark for benchmark in study.benchmarks}
+    if not {KNOWLEDGE, TRUTHFULNESS} <= found.keys():
+        return None
+    knowledge, truth = found[KNOWLEDGE], found[TRUTHFULNESS]
+    data = [
+        {
+            "method": method,
+            "level": point.level,
+            "removed": point.removed,
+            "knowledge": knowledge.measured[point].value,
+            "truthfulness": truth.measured[point].value,
+        }
+        for method in study.methods
+        for point in study.of_method(method)
+        if point in knowledge.measured and point in truth.measured
+    ]
+    if not data:
+        return None
+    x = alt.X("knowledge:Q", title=knowledge.title, scale=alt.Scale(zero=False))
+    y = alt.Y("truthfulness:Q", title=truth.title, scale=alt.Scale(zero=False))
+    base = alt.Chart(alt.InlineData(data)).encode(x=x, y=y, color=_methods(study), order="removed:Q")
+    layers = [base.mark_line(opacity=0.6)]
+    for benchmark, channel in ((knowledge, "x"), (truth, "y")):
+        if (best := benchmark.floor) and (worst := benchmark.lowest_floor):
+            low, high = sorted((worst[1].value, best[1].value))
+            box = alt.Chart(alt.InlineData([{"low": low, "high": high}])).mark_rect(color=_NEUTRAL, opacity=0.25)
+            layers.insert(0, box.encode(**{channel: "low:Q", f"{channel}2": "high:Q"}))
+    tooltip = ["method:N", "level:N", "knowledge:Q", "truthfulness:Q"]
+    layers.append(base.mark_point(filled=True, size=60, opacity=1).encode(shape=_shapes(study), tooltip=tooltip))
+    layers.append(base.mark_text(dy=-10, fontSize=10).encode(text="level:N"))
+    chart = alt.layer(*layers).properties(width=460, height=320)
+    caption = (
+        "One point for each level. Grey: what takes no knowledge, on each axis. A path that ends where the bands cross "
+        "is a model whose answers carry nothing, however the two scores correlate on the way."
+    )
+    return Figure("knowledge_truthfulness", "Knowledge against truthfulness", caption, _spec(chart))
+
+
+def kept_neurons(study: Study) -> Figure | None:
+    """Which neurons were kept, by layer."""
+    order = [name_point(point) for point in study.points if point.method != DENSE]
+    data = [
+        {"model": name, "layer": layer, "part": 100 * part / len(shares), "next": 100 * (part + 1) / len(shares)}
+        | {"kept": share}
+        for name, layers in study.kept.items()
+        if name in order[:_MOST_MAPS]
+        for layer, shares in enumerate(layers)
+        for part, share in enumerate(shares)
+    ]
+    if not data:
+        return None
+    chart = (
+        alt.Chart()
+        .mark_rect()
+        .encode(
+            x=alt.X("part:Q", title="position in the layer, %", scale=alt.Scale(domain=[0, 100], nice=False)),
+            x2="next:Q",
+            y=alt.Y("layer:O", title="layer", axis=alt.Axis(labelOverlap=True)),
+            color=alt.Color("kept:Q", title="share kept", scale=alt.Scale(domain=[0, 1], scheme="viridis")),
+            tooltip=["model:N", "layer:O", alt.Tooltip("kept:Q", format=".0%")],
+        )
+        .properties(width=190, height=180)
+        .facet(facet=alt.Facet("model:N", title=None, sort=order), columns=3, data=alt.InlineData(data))
+    )
+    caption = "The share of neurons that was kept, by layer and by their place in it."
+    return Figure("kept", "Which neurons were kept", caption, _spec(chart))
+
+
+def against_paper(study: Study, analysis: Analysis) -> Figure | None:
+    """Our relative scores beside the published ones, over the share of neurons removed."""
+    names = {benchmark.title for benchmark in study.benchmarks}
+    if "source" in study.about:  # it is the published one
+        return None
+    data = [row | {"model": f"ours, {row['method']}"} for row in relative(study, analysis)]
+    for model in published()["models"]:
+        theirs = paper_study(model)
+        data += [row | {"model": model} for row in relative(theirs, analyse(theirs)) if row["benchmark"] in names]
+    models = list(dict.fromkeys(row["model"] for row in data))
+    colour = alt.Color("model:N", title="model", sort=models, scale=alt.Scale(domain=models, range=list(COLOURS)))
+    base = alt.Chart().encode(x=alt.X("removed:Q", title="neurons removed, %"), y=_relative_axis(), color=colour)
+    point = base.mark_point(filled=True, size=35, opacity=1).encode(
+        shape=alt.Shape("model:N", title="model", sort=models, scale=alt.Scale(domain=models, range=list(SHAPES))),
+        tooltip=["model:N", "benchmark:N", "level:N", alt.Tooltip("relative:Q", format=".1f")],
+    )
+    chart = (
+        alt.layer(base.mark_line(), point, data=alt.InlineData(data))
+        .properties(**_PANEL)
+        .facet(facet=alt.Facet("benchmark:N", title=None, sort=_titles(study)), columns=4)
+        .resolve_scale(y="independent")
+    )
+    caption = "Shares of the dense score over the share of neurons removed, beside the published values of the paper."
+    return Figure("paper", "Against the paper", caption, _spec(chart))
+
+
+def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
+    """Scores as percent of the dense model's, a row for each method, benchmark and level; the dense level included."""
+    data = []
+    for benchmark in study.benchmarks:
+        dense = benchmark.measured.get(study.dense)
+        if dense is None or not dense.value:
+            continue
+        ends = [one[1].value for one in (benchmark.lowest_floor, benchmark.floor) if one is not None]
+        bounds = sorted(_share(benchmark, dense.value, end) for end in ends)
+        for method in study.methods:
+            for point in study.of_method(method):
+                row = analysis.row(benchmark.name, point)
+                if row is None or not math.isfinite(row.measured.value):
+                    continue
+                low, high = _interval(benchmark, dense.value, row.from_dense)
+                data.append(
+                    {
+                        "benchmark": benchmark.title,
+                        "name": benchmark.name,
+                        "method": method,
+                        "level": point.level,
+                        "removed": 100 * point.removed,
+                        "expansion_ratio": point.expansion_ratio,
+                        "value": row.measured.value,
+                        "relative": _share(benchmark, dense.value, row.measured.value),
+                        "low": low,
+                        "high": high,
+                        "floor_low": bounds[0] if bounds else None,
+                        "floor_high": bounds[-1] if bounds else None,
+                        "verdict": row.verdict,
+                    }
+                )
+    return data
+
+
+def _share(benchmark: StudiedBenchmark, dense: float, value: float) -> float:
+    return 100 * (value / dense if benchmark.higher_is_better else dense / value)
+
+
+def _interval(
+    benchmark: StudiedBenchmark, dense: float, found: Comparison | None
+) -> tuple[float, float] | tuple[None, None]:
+    """The interval of a difference as percent of the dense score; of perplexities the difference is in nats."""
+    if found is None:
+        return None, None
+    if benchmark.is_perplexity:
+        return 100 * math.exp(-found.high), 100 * math.exp(-found.low)
+    return 100 * (dense + found.low) / dense, 100 * (dense + found.high) / dense
+
+
+def _group(analysis: Analysis, row: dict[str, Any]) -> str:
+    for group, names in analysis.groups.get(row["method"], {}).items():
+        if row["name"] in names:
+            return group
+    return "not tested"
+
+
+def _titles(study: Study) -> list[str]:
+    return [benchmark.title for benchmark in study.benchmarks]
+
+
+def _ratio_axis() -> alt.X:
+    return alt.X("expansion_ratio:Q", title="expansion ratio", scale=alt.Scale(zero=False, reverse=True))
+
+
+def _relative_axis(field: str = "relative:Q") -> alt.Y:
+    return alt.Y(field, title="% of dense", scale=alt.Scale(zero=False))
+
+
+def _methods(study: Study) -> alt.Color:
+    return alt.Color("method:N", title="method", scale=alt.Scale(domain=study.methods, range=list(COLOURS)))
+
+
+def _shapes(study: Study) -> alt.Shape:
+    return alt.Shape("method:N", title="method", scale=alt.Scale(domain=study.methods, range=list(SHAPES)))
+
+
+def _tooltip() -> Sequence[Any]:
+    return [
+        "benchmark:N",
+        "method:N",
+        "level:N",
+        alt.Tooltip("value:Q", format=",.4f"),
+        alt.Tooltip("relative:Q", format=".1f", title="% of dense"),
+        "verdict:N",
+    ]
+
+
+def _spec(chart: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.to_dict()
+    spec.pop("config", None)  # the page and the files have their own
+    return spec

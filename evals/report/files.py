@@ -1,0 +1,136 @@
+"""The files of a report: a page, figures, tables and everything as JSON."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import vl_convert
+from rich.console import Console
+
+from evals.report.figures import Figure, study_figures
+from evals.report.tables import Table, row_json, study_tables
+from evals.report.words import summary
+from evals.study import Analysis, Study, analyse
+from gluprune_jax.atomic import write_file_atomic
+
+PAGE, DOCUMENT, FIGURES, TABLES = "report.html", "study.json", "figures", "tables"
+FORMAT, VERSION = "gluprune-study", 1
+
+_SCALE = 2  # pixels of a PNG for each of the figure's
+_PRINT: dict[str, Any] = {
+    "background": "white",
+    "font": "sans-serif",
+    "legend": {"orient": "bottom"},
+    "axis": {"titleFontWeight": "normal"},
+}
+
+
+def write_report(study: Study, folder: Path) -> None:
+    """Writes `report.html`, `study.json`, and `figures/` and `tables/` beside them, over those that are there.
+
+    Raises:
+      OperationError: the disk refuses.
+    """
+    analysis = analyse(study)
+    tables, figures, sentences = study_tables(study, analysis), study_figures(study, analysis), summary(study, analysis)
+
+    def write(name: str, data: bytes) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file_atomic(folder / name, data, overwrite=True)
+
+    for figure in figures:
+        for ending, draw in (("svg", vl_convert.vegalite_to_svg), ("png", _png)):
+            drawn = draw(figure.spec, config=_PRINT)
+            write(f"{FIGURES}/{figure.name}.{ending}", drawn.encode() if isinstance(drawn, str) else drawn)
+    for table in tables:
+        write(f"{TABLES}/{table.name}.csv", table.to_csv().encode())
+        write(f"{TABLES}/{table.name}.tex", table.to_latex().encode())
+    write(DOCUMENT, json.dumps(study_json(study, analysis, sentences), indent=1).encode())
+    write(PAGE, page(study, sentences, figures, tables).encode())
+
+
+def print_study(study: Study, *, as_json: bool) -> None:
+    """The summary and the tables of scores and changes on standard output."""
+    analysis = analyse(study)
+    sentences = summary(study, analysis)
+    if as_json:
+        print(json.dumps(study_json(study, analysis, sentences), indent=1))
+        return
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    for table in study_tables(study, analysis):
+        if table.name in ("scores", "groups"):
+            console.print(table.to_rich())
+    for sentence in sentences:
+        console.print(f"- {sentence}", markup=False)
+
+
+def study_json(study: Study, analysis: Analysis, sentences: Sequence[str]) -> dict[str, Any]:
+    """Everything the report says, as JSON."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": study.model,
+        "about": study.about,
+        "summary": list(sentences),
+        "points": [point._asdict() for point in study.points],
+        "benchmarks": [
+            {
+                "name": benchmark.name,
+                "title": benchmark.title,
+                "metric": benchmark.metric,
+                "higher_is_better": benchmark.higher_is_better,
+                "floors": {name: measured.value for name, measured in benchmark.floors.items()},
+            }
+            for benchmark in study.benchmarks
+        ],
+        "rows": [row_json(row) for row in analysis.rows],
+        "trends": [
+            {"method": method, "benchmark": name, **dataclasses.asdict(found)}
+            for (method, name), found in analysis.trends.items()
+        ],
+        "groups": analysis.groups,
+        "correlations": {method: dataclasses.asdict(found) for method, found in analysis.correlations.items()},
+    }
+
+
+def page(study: Study, sentences: Sequence[str], figures: Sequence[Figure], tables: Sequence[Table]) -> str:
+    """The page, with everything it needs inside it."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(
+        importlib.resources.files("evals.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    )
+    # In a script nothing but "</" can end it.
+    specs = json.dumps({figure.name: figure.spec for figure in figures}).replace("</", "<\\/")
+    return template.render(
+        title=f"What pruning does to {study.model}",
+        version=importlib.metadata.version("gluprune-jax"),
+        sentences=sentences,
+        figures=figures,
+        tables=tables,
+        about=_spell_about(study.about),
+        bundle=markupsafe.Markup(_bundle()),
+        specs=markupsafe.Markup(specs),
+    )
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+
+
+def _png(spec: dict[str, Any], config: dict[str, Any]) -> bytes:
+    drawn: bytes = vl_convert.vegalite_to_png(spec, scale=_SCALE, config=config)
+    return drawn
+
+
+def _spell_about(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shown = {name.replace("_", " "): value for name, value in about.items() if value not in (None, False)}
+    return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in shown.items()]

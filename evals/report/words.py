@@ -1,0 +1,100 @@
+"""What a study says, in plain sentences: every one follows from the analysis by a rule that stands here."""
+
+from collections.abc import Iterator, Sequence
+
+from evals.report.tables import spell_p, spell_value
+from evals.study import KNOWLEDGE, TRUTHFULNESS, Analysis, Row, Study
+
+
+def summary(study: Study, analysis: Analysis) -> list[str]:
+    """A few sentences for each method, the most important first."""
+    sentences = list(_of_dense(study, analysis))
+    for method in study.methods:
+        sentences += _of_method(study, analysis, method)
+    return sentences
+
+
+def _of_dense(study: Study, analysis: Analysis) -> Iterator[str]:
+    rows = [row for row in analysis.rows if row.point == study.dense]
+    above = [row for row in rows if row.relation == "above"]
+    tested = [row for row in rows if row.relation is not None]
+    if tested:
+        yield (
+            f"The dense model is above what responders that know nothing score on {len(above)} of {len(tested)} "
+            f"benchmarks with such a floor{_named(study, above)}; on the others pruning has nothing to lose."
+        )
+
+
+def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
+    pruned = [row for row in analysis.rows if row.point.method == method]
+    groups = analysis.groups[method]
+    titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
+
+    def named(group: str) -> str:
+        return _list([titles[name] for name in groups[group]])
+
+    levels = [point.level for point in study.of_method(method)[1:]]
+    if not levels:
+        return
+    where = f"{method} ({levels[0]})" if len(levels) == 1 else f"{method} ({levels[0]} to {levels[-1]})"
+    parts = [
+        f"{len(groups[group])} {spelled} ({named(group)})"
+        for group, spelled in (
+            ("fragile", "are fragile"),
+            ("robust", "show no significant difference from dense"),
+            ("improving", "improve above the floor"),
+            ("uninformative", "cannot tell, for the dense model is not above the floor"),
+        )
+        if groups[group]
+    ]
+    if parts:
+        yield f"Under {where}, of the benchmarks {_list(parts)}."
+    for row in pruned:
+        benchmark = next(one for one in study.benchmarks if one.name == row.benchmark)
+        if row.change == "better" and row.relation != "above" and row.from_dense is not None:
+            floor = benchmark.floor
+            best = spell_value(benchmark, floor[1].value) if floor else ""
+            inside = f"; the best responder that knows nothing scores {best}" if floor else ""
+            yield (
+                f"{benchmark.title} at {row.point.level} is significantly better than dense "
+                f"({spell_value(benchmark, row.measured.value)}, p {_p(row)}), but not above its floor{inside}: "
+                f"it is no evidence of an ability."
+            )
+    for name in dict.fromkeys(row.benchmark for row in pruned):
+        fallen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("fallen to it")]
+        if fallen:
+            yield f"{titles[name]} falls to its floor at {_list(fallen)}."
+        risen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("risen to it")]
+        if risen:
+            yield (
+                f"{titles[name]} rises to its floor from below at {_list(risen)}: "
+                f"it loses a bias, and gains no knowledge."
+            )
+    found = analysis.correlations.get(method)
+    if found is not None:
+        last = study.of_method(method)[-1]
+        ends = [end for name in (KNOWLEDGE, TRUTHFULNESS) if (end := analysis.row(name, last)) is not None]
+        both = all(end.relation == "at" for end in ends)
+        reading = (
+            " At the strongest level both are at their floors: the correlation is of two scores that approach chance."
+            if both
+            else ""
+        )
+        yield (
+            f"MMLU and TruthfulQA MC2 correlate over the {found.points} levels with r = {found.r:.3f} "
+            f"(95 % interval {found.low:.2f} to {found.high:.2f}, p = {spell_p(found.p_value)}).{reading}"
+        )
+
+
+def _p(row: Row) -> str:
+    spelled = spell_p(row.p_from_dense if row.p_from_dense is not None else 1.0)
+    return spelled if spelled.startswith("<") else f"= {spelled}"
+
+
+def _named(study: Study, rows: Sequence[Row]) -> str:
+    titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
+    return f" ({_list([titles[row.benchmark] for row in rows])})" if rows else ""
+
+
+def _list(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
