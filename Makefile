@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Accelerators are for the user's models; what this file runs is the same everywhere.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-processes lint tpu-check notebooks benchmarks clean
+.PHONY: help demo test test-processes lint tpu-check notebooks benchmarks docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,14 @@ notebooks: .venv/dev  ## execute the notebooks
 	rm -rf .notebooks && cp -r notebooks .notebooks  # a kernel works beside its notebook, and leaves files there
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace .notebooks/*.ipynb && rm -r .notebooks
 
+docs: .venv/dev  ## build the documentation into docs/_build
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	rm -rf docs/_build
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+	@echo "open docs/_build/index.html"
+
 clean:  ## remove what this file makes
-	rm -rf .venv .notebooks demo-output demo-results dist
+	rm -rf .venv .notebooks demo-output demo-results dist docs/_build
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, not " + sys.version.split()[0] + ": make PYTHON=python3.12")'

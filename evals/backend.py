@@ -408,7 +408,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         """Natural logarithms of the likelihood of continuations, and whether greedy decoding would say the same.
 
         Args:
-          requests: lm-eval's `Instance`s with the arguments context and continuation.
+          requests: lm-eval's instances with the arguments context and continuation.
           disable_tqdm: shows no progress.
 
         Raises:
@@ -443,7 +443,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         """Natural logarithms of the likelihood of whole documents.
 
         Args:
-          requests: lm-eval's `Instance`s with a text as their one argument.
+          requests: lm-eval's instances with a text as their one argument.
           disable_tqdm: shows no progress.
         """
         asked = self._ask("loglikelihood_rolling", requests)
@@ -466,11 +466,11 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         """Continuations of contexts.
 
         Stop strings, `max_gen_toks` (under any of lm-eval's names), `do_sample`, `temperature`, `top_p` and `seed` are
-        heeded. Sampling differs from `transformers`', which also draws from the 50 likeliest tokens only unless told
-        otherwise.
+        heeded. Sampling differs from that of `transformers`, which also draws from the 50 likeliest tokens only unless
+        told otherwise.
 
         Args:
-          requests: lm-eval's `Instance`s with a context and a mapping of generation arguments.
+          requests: lm-eval's instances with a context and a mapping of generation arguments.
           disable_tqdm: shows no progress.
 
         Raises:

@@ -74,9 +74,10 @@ _LOCAL_SETS: Mapping[str, _LocalSet] = {
 def task_datasets(data_dir: Path | None = None) -> Iterator[None]:
     """While it is active, the data of lm-eval's tasks comes from `data_dir`, or from the Hub if that is None.
 
-    A task loads its data when it is constructed. Files are read when they are asked for, and each once.
+    A task loads its data when it is constructed, so what is raised comes from there too. Files are read when they are
+    asked for, and each once.
 
-    Raises, from the construction of tasks too:
+    Raises:
       RequestError: `data_dir` is no folder, lacks a file or has a malformed one, or the local layout has no place for
         the data set of a task.
       OperationError: a data set cannot be had from the Hub, or a file cannot be read.

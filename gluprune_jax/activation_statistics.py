@@ -30,7 +30,7 @@ class LayerStatistics:
       tokens: n.
       squares: sums of a^2, `[F]` float32.
       sums: sums of a, `[F]` float32.
-      magnitudes: sums of |a|, `[F]` float32.
+      magnitudes: sums of `|a|`, `[F]` float32.
       influence: 1 - cos of the angle between what goes into the layer and what comes out of it, a mean over tokens:
         how much of a block is left out if it is dropped (arXiv 2403.03853).
       sensitivity: see `sensitivities`, `[F]` float32; None where it was not asked for.
