@@ -41,7 +41,7 @@ def is_sweep_row(number: int, row: Any) -> bool:
     }
     if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return False
-    return (row["method"] == DENSE) == (number == 0)
+    return bool((row["method"] == DENSE) == (number == 0))
 
 
 def save_floors(path: Path, floors: Mapping[str, tuple[str, Sequence[Floor]]], of: str) -> None:
