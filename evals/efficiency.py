@@ -25,6 +25,7 @@ from convert.tokenizer import encode_prompt, load_tokenizer
 from evals.__main__ import check_installed, data_folder, use_compilation_cache
 from evals.costs import bytes_per_token, flops_per_token
 from evals.energy import EnergyMeter
+from evals.study_files import EFFICIENCY_FILE, EFFICIENCY_FORMAT, VERSION
 from evals.workloads import BATCHES, SYNTHETIC, Workload, from_texts, of_paper, synthetic
 from gluprune_jax import devices, generate, make_plan, score, terminal
 from gluprune_jax.atomic import check_file, write_file_atomic
@@ -38,7 +39,6 @@ from gluprune_jax.mesh import mesh_of, on
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import PruningPlan
 
-FILE, FORMAT, VERSION = "efficiency.json", "gluprune-efficiency", 1
 ALIGNMENT = 128  # lanes of a TPU's vector unit; tensor cores too like multiples of it
 IDLE_SECONDS = 5.0
 
@@ -130,8 +130,10 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument("--data-dir", metavar="DIR", help="data of the paper's workloads, as for python -m evals")
     how = parser.add_argument_group("how")
     how.add_argument("--repeats", type=int, default=5, metavar="N", help="of everything (default: 5)")
-    how.add_argument("--output", type=Path, metavar="DIR", help=f"folder for {FILE}, such as that of a study")
-    how.add_argument("--overwrite", action="store_true", help=f"replace {FILE}")
+    how.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"folder for {EFFICIENCY_FILE}, such as that of a study"
+    )
+    how.add_argument("--overwrite", action="store_true", help=f"replace {EFFICIENCY_FILE}")
     how.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     how.add_argument("--debug", action="store_true", help="show the traceback of an error")
     devices.add_arguments(parser, "one device where the model fits")
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _efficiency(args: argparse.Namespace) -> None:
     levels, batches = _check_request(args)
-    path = None if args.output is None else args.output / FILE
+    path = None if args.output is None else args.output / EFFICIENCY_FILE
     with failing_together():
         if path is not None and is_main():
             check_file(path, overwrite=args.overwrite)
@@ -178,7 +180,7 @@ def _efficiency(args: argparse.Namespace) -> None:
                     rows.append({**target, "width": model.config.intermediate_sizes[0], **found})
                     progress(len(rows))
     report = {
-        "format": FORMAT,
+        "format": EFFICIENCY_FORMAT,
         "version": VERSION,
         "model": args.model,
         "dtype": checkpoint.model.embed_tokens[...].dtype.name,
@@ -361,47 +363,40 @@ def decode_memory(model: Llama, batch: int, longest: int) -> int | None:
 
 def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True, emoji=False)
+    has_energy = bool(report["energy"]["sources"])
     settings = dict.fromkeys((row["workload"], row["batch"]) for row in report["rows"])
     for workload, batch in settings:
         rows = [row for row in report["rows"] if (row["workload"], row["batch"]) == (workload, batch)]
         shape = f"{rows[0]['mean_prompt_tokens']:.0f} + {rows[0]['new_tokens']} tokens"
         table = Table(title=Text(f"{workload}, batch {batch}: {shape}"), title_justify="left")
-        for column in (
-            "model",
-            "width",
-            "first token",
-            "a token",
-            "latency",
-            "prefill/s",
-            "decode/s",
-            "memory",
-            "J/token",
-        ):
-            table.add_column(column, justify="left" if column == "model" else "right")
+        columns = ["first, ms"] * (batch == 1) + ["each, ms", "all, ms", "prefill/s", "decode/s", "memory"]
+        table.add_column("model")
+        for column in columns + ["J/token"] * has_energy:
+            table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            joules = row["energy_per_token"]
-            table.add_row(
-                row["level"],
-                f"{row['width']:,}",
-                _milliseconds(row["time_to_first_token"]),
-                _milliseconds(row["time_per_output_token"]),
-                _milliseconds(row["latency"]),
-                f"{row['prefill_tokens_per_second']:,.0f}",
-                f"{row['decode_tokens_per_second']:,.1f}",
-                "" if row["memory_bytes"] is None else terminal.format_bytes(row["memory_bytes"]),
-                "not available" if joules is None else f"{joules:.3f}",
-            )
+            cells = [_milliseconds(row["time_to_first_token"])] * (batch == 1)
+            cells += [_milliseconds(row["time_per_output_token"]), _milliseconds(row["latency"])]
+            cells += [f"{row['prefill_tokens_per_second']:,.0f}", f"{row['decode_tokens_per_second']:,.1f}"]
+            cells.append("" if row["memory_bytes"] is None else terminal.format_bytes(row["memory_bytes"]))
+            cells += [f"{row['energy_per_token']:.3f}"] * has_energy
+            table.add_row(row["level"], *cells)
         console.print(table)
-    console.print(f"{report['devices']}, {report['dtype']}; medians of {report['repeats']} repeats", style="dim")
-    if report["energy"]["unavailable"]:
-        console.print(f"energy: not available ({report['energy']['unavailable']})", style="dim", markup=False)
+    notes = [
+        f"{report['devices']}, {report['dtype']}; medians of {report['repeats']} repeats ± half the quartiles' range"
+    ]
+    notes.append("first: time to first token; each: time per output token; all: latency of the whole answers")
+    if not has_energy:
+        notes.append(f"energy: not available ({report['energy']['unavailable']})")
+    for note in notes:
+        console.print(note, style="dim", markup=False)
 
 
 def _milliseconds(timing: dict[str, float] | None) -> str:
     if timing is None:
         return ""
-    spread = (timing["high"] - timing["low"]) / 2
-    return f"{1e3 * timing['median']:.1f} ± {1e3 * spread:.1f} ms"
+    spread = 1e3 * (timing["high"] - timing["low"]) / 2
+    digits = 0 if timing["median"] >= 1 else 1
+    return f"{1e3 * timing['median']:,.{digits}f} ± {spread:.{digits}f}"
 
 
 if __name__ == "__main__":

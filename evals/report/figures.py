@@ -10,7 +10,7 @@ import altair as alt
 from evals.paper import paper_study, published
 from evals.report.tables import name_point
 from evals.significance import Comparison
-from evals.study import DENSE, KNOWLEDGE, TRUTHFULNESS, Analysis, StudiedBenchmark, Study, analyse
+from evals.study import DENSE, KNOWLEDGE, TRUTHFULNESS, Analysis, StudiedBenchmark, Study, analyse, retention
 
 # Okabe and Ito's, which colour-blind readers can tell apart, without black and yellow: on light and dark they vanish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -18,6 +18,7 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down"
 _GROUPS = ("fragile", "robust", "improving", "uninformative", "not tested")
 _NEUTRAL = "#8a8a8a"
 _PANEL = {"width": 190, "height": 130}
+_SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
 # Of models in the picture of kept neurons.
 _MOST_MAPS = 12
 
@@ -47,6 +48,7 @@ def study_figures(study: Study, analysis: Analysis) -> list[Figure]:
         perplexities(study),
         knowledge_and_truthfulness(study),
         kept_neurons(study),
+        quality_and_speed(study, analysis),
         against_paper(study, analysis),
     ]
     return [figure for figure in found if figure is not None]
@@ -219,6 +221,55 @@ def kept_neurons(study: Study) -> Figure | None:
     )
     caption = "The share of neurons that was kept, by layer and by their place in it."
     return Figure("kept", "Which neurons were kept", caption, _spec(chart))
+
+
+def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
+    """What is left of the model against how fast it is, or what energy it takes."""
+    report = study.efficiency or {"rows": []}
+    data = []
+    for row in report["rows"]:
+        for point in study.points:
+            left = retention(study, analysis, point)
+            if row["aligned"] or left is None or abs(point.removed - row["removed"]) > _SAME_SIZE:
+                continue
+            place = {"method": point.method, "level": point.level, "left": 100 * left}
+            setting = f"{row['workload']}, batch {row['batch']}"
+            data.append(
+                place | {"setting": setting, "cost": "decode tokens/s", "value": row["decode_tokens_per_second"]}
+            )
+            if row["energy_per_token"] is not None:
+                data.append(place | {"setting": setting, "cost": "J per token", "value": row["energy_per_token"]})
+    if not data:
+        return None
+    methods = [DENSE, *study.methods]
+    colour = alt.Color("method:N", title="method", scale=alt.Scale(domain=methods, range=[_NEUTRAL, *COLOURS]))
+    base = alt.Chart().encode(
+        x=alt.X("value:Q", title=None, scale=alt.Scale(zero=False)), y=alt.Y("left:Q", title="% left above the floor")
+    )
+    point_marks = base.mark_point(filled=True, size=60, opacity=1).encode(
+        color=colour,
+        shape=alt.Shape("method:N", title="method", scale=alt.Scale(domain=methods, range=list(SHAPES))),
+        tooltip=[
+            "method:N",
+            "level:N",
+            "setting:N",
+            alt.Tooltip("value:Q", format=",.2f"),
+            alt.Tooltip("left:Q", format=".1f"),
+        ],
+    )
+    chart = (
+        alt.layer(point_marks, base.mark_text(dy=-10, fontSize=10).encode(text="level:N"), data=alt.InlineData(data))
+        .transform_calculate(panel="datum.cost + ': ' + datum.setting")
+        .properties(width=300, height=220)
+        .facet(facet=alt.Facet("panel:N", title=None), columns=2)
+        .resolve_scale(x="independent")
+    )
+    caption = (
+        "How much of what the dense model has above its floors is left, in the mean over benchmarks where it has any, "
+        "against speed (and energy, where the hardware tells it). Models toward the upper right (of energy: the upper "
+        "left) are not beaten by others."
+    )
+    return Figure("quality_speed", "Quality against speed and energy", caption, _spec(chart))
 
 
 def against_paper(study: Study, analysis: Analysis) -> Figure | None:
