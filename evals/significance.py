@@ -161,7 +161,7 @@ def trend(levels: ArrayLike, outcomes: ArrayLike, weights: ArrayLike | None = No
     spread = float(centred @ centred)
     if spread == 0 or y.shape[:1] != x.shape:
         raise ValueError(f"a trend needs outcomes at two different levels or more; got {x.tolist()}")
-    slopes = centred @ y / spread
+    slopes = centred @ (y - y[0]) / spread  # what never changes has a slope of zero, and not of rounding
     found = compare_paired(np.zeros_like(slopes), slopes, weights)
     return dataclasses.replace(found, test="t of the slopes of items")
 
