@@ -1,5 +1,6 @@
 """What a study says of outcomes made to order, and what it finds in the published values."""
 
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -11,17 +12,22 @@ from evals.floors import floors
 from evals.paper import paper_study, published
 from evals.report.words import summary
 from evals.run import load_benchmarks
-from evals.study import Measured, Study, analyse, retention
-from evals.suites import SUITES, task_manager
+from evals.study import Analysis, Measured, analyse, compare, retention
+from evals.suites import find_benchmark, task_manager
 from gluprune_jax.errors import RequestError
 
 
-def verdicts(of: Study, benchmark: str) -> list[str]:
-    return [row.verdict for row in analyse(of).rows if row.benchmark == benchmark]
+@functools.cache
+def analysed() -> Analysis:
+    return analyse(study())
+
+
+def verdicts(found: Analysis, benchmark: str) -> list[str]:
+    return [row.verdict for row in found.rows if row.benchmark == benchmark]
 
 
 def test_falling_to_the_floor_holding_and_improving_are_told_apart() -> None:
-    made = study()
+    made = analysed()
     assert verdicts(made, "mmlu") == [
         "above the floor",
         "above the floor, falling",
@@ -39,7 +45,7 @@ def test_falling_to_the_floor_holding_and_improving_are_told_apart() -> None:
 
 
 def test_benchmarks_are_grouped_by_what_became_of_them() -> None:
-    assert analyse(study()).groups == {
+    assert analysed().groups == {
         "ppm": {
             "fragile": ["mmlu", "ifeval", "wikitext"],
             "robust": ["steady"],
@@ -50,7 +56,7 @@ def test_benchmarks_are_grouped_by_what_became_of_them() -> None:
 
 
 def test_comparisons_are_corrected_for_their_number() -> None:
-    rows = [row for row in analyse(study()).rows if row.from_dense is not None]
+    rows = [row for row in analysed().rows if row.from_dense is not None]
     assert len(rows) == 7 * 4
     for row in rows:
         assert row.from_dense is not None
@@ -61,7 +67,7 @@ def test_comparisons_are_corrected_for_their_number() -> None:
 
 
 def test_trends_and_correlation() -> None:
-    found = analyse(study())
+    found = analysed()
     assert found.trends["ppm", "mmlu"].difference < 0
     assert found.trends["ppm", "mmlu"].high < 0
     assert found.trends["ppm", "steady"].difference == 0
@@ -71,8 +77,7 @@ def test_trends_and_correlation() -> None:
 
 
 def test_retention_is_one_for_dense_and_falls() -> None:
-    made = study()
-    found = analyse(made)
+    made, found = study(), analysed()
     left = [retention(made, found, point) for point in POINTS]
     assert left[0] == pytest.approx(1)
     assert all(a is not None and b is not None and a > b for a, b in itertools.pairwise(left))
@@ -91,8 +96,6 @@ def test_standard_errors_are_those_of_means_and_of_ratios() -> None:
 def test_outcomes_of_other_items_are_not_compared() -> None:
     made = study()
     other = made.benchmarks[-1].measured[POINTS[0]]
-    from evals.study import compare
-
     with pytest.raises(ValueError, match="not of the same items"):
         compare(made.benchmarks[0].measured[POINTS[0]], other)
 
@@ -102,10 +105,10 @@ def test_outcomes_of_other_items_are_not_compared() -> None:
 
 @pytest.fixture(scope="module")
 def floors_of_the_paper() -> dict[str, dict[str, Measured]]:
-    """On the full benchmarks."""
+    """On the full benchmarks that the findings are about."""
     if not {"GLUPRUNE_DATA", "NLTK_DATA"} <= os.environ.keys():
         pytest.skip("needs the benchmarks: set GLUPRUNE_DATA and NLTK_DATA")
-    benchmarks = [one for one in SUITES["paper"].benchmarks if one.higher_is_better]
+    benchmarks = [find_benchmark(name) for name in ("mmlu", "truthfulqa_mc2", "ifeval")]
     manager = task_manager(one.name for one in benchmarks)
     loaded = load_benchmarks(benchmarks, manager, data_dir=Path(os.environ["GLUPRUNE_DATA"]))
     return {
@@ -161,7 +164,7 @@ def test_the_instruct_model_falls_to_the_floor_on_ifeval(
     floors_of_the_paper: dict[str, dict[str, Measured]],
 ) -> None:
     made = paper_study("Llama-3.2-1B-Instruct", floors_of_the_paper)
-    assert verdicts(made, "ifeval") == ["above the floor"] + ["at the floor: fallen to it"] * 3
+    assert verdicts(analyse(made), "ifeval") == ["above the floor"] + ["at the floor: fallen to it"] * 3
 
 
 def test_the_correlation_of_3b_is_of_two_scores_that_approach_chance(
@@ -169,10 +172,10 @@ def test_the_correlation_of_3b_is_of_two_scores_that_approach_chance(
 ) -> None:
     made = paper_study("Llama-3.2-3B", floors_of_the_paper)
     found = analyse(made)
-    assert verdicts(made, "mmlu")[0] == "above the floor"
-    assert verdicts(made, "mmlu")[-1] == "at the floor: fallen to it"
-    assert verdicts(made, "truthfulqa_mc2")[0] == "below the floor"
-    assert verdicts(made, "truthfulqa_mc2")[-1].startswith("at the floor")
+    assert verdicts(found, "mmlu")[0] == "above the floor"
+    assert verdicts(found, "mmlu")[-1] == "at the floor: fallen to it"
+    assert verdicts(found, "truthfulqa_mc2")[0] == "below the floor"
+    assert verdicts(found, "truthfulqa_mc2")[-1].startswith("at the floor")
     sentences = " ".join(summary(made, found))
     assert "r = -0.864" in sentences
     assert "two scores that approach chance" in sentences
