@@ -172,7 +172,7 @@ def test_a_study_that_is_killed_twenty_times_is_that_of_an_unbroken_run(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
     }
-    levels = ("--levels", "10,20,30,40,50,60", "--items", 12)
+    what = ("--levels", "10,30,60", "--items", 12, "--tasks", "tiny_choice,tiny_sums")
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
     zygote = subprocess.Popen(
         [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -184,7 +184,7 @@ def test_a_study_that_is_killed_twenty_times_is_that_of_an_unbroken_run(
         """Runs a study, kills it after some seconds, and returns its exit status."""
         assert zygote.stdin is not None
         assert zygote.stdout is not None
-        zygote.stdin.write(json.dumps([str(log), *map(str, arguments(model, tasks, output, *levels))]) + "\n")
+        zygote.stdin.write(json.dumps([str(log), *map(str, arguments(model, tasks, output, *what))]) + "\n")
         zygote.stdin.flush()
         process = int(zygote.stdout.readline())
         if seconds is not None:
