@@ -179,4 +179,7 @@ def test_the_correlation_of_3b_is_of_two_scores_that_approach_chance(
     sentences = " ".join(summary(made, found))
     assert "r = -0.864" in sentences
     assert "two scores that approach chance" in sentences
-    assert "it is no evidence of an ability" in sentences
+    assert (
+        "IFEval is significantly better than dense at 40 % and 50 % (0.1645 and 0.1627), but not above its floor"
+        in sentences
+    )

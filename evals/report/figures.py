@@ -63,10 +63,10 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
     band = (
         alt.Chart()
         .transform_aggregate(low="min(floor_low)", high="max(floor_high)", groupby=["benchmark"])
-        .mark_rect(color=_NEUTRAL, opacity=0.3)
+        .mark_rect(aria=False, color=_NEUTRAL, opacity=0.3)
         .encode(y="low:Q", y2="high:Q")
     )
-    dense = alt.Chart().mark_rule(color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    dense = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
     error = base.mark_rule().encode(y=_relative_axis("low:Q"), y2="high:Q", color=_methods(study))
     line = base.mark_line().encode(y=_relative_axis(), color=_methods(study))
     point = base.mark_point(filled=True, size=45, opacity=1).encode(
@@ -83,7 +83,7 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
         "(of perplexities the inverse), with 95 % intervals of the difference. Grey: what responders that know nothing "
         "score, worst to best. Only what is above the grey band can hold or improve."
     )
-    return Figure("dichotomy", "All benchmarks against the expansion ratio", caption, _spec(chart))
+    return Figure("dichotomy", "All benchmarks against the expansion ratio", caption, _spec(chart, caption))
 
 
 def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
@@ -100,7 +100,7 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
         shape=alt.Shape("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES[:5]))),
         tooltip=_tooltip(),
     )
-    rule = alt.Chart().mark_rule(color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    rule = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
     chart = (
         alt.layer(rule, line, point.add_params(chosen), data=alt.InlineData(data))
         .properties(width=420, height=280)
@@ -110,7 +110,7 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
         "The same lines in one panel for each method. Fragile: some level is significantly worse than dense. "
         "Uninformative: the dense model is not above the floor, so that nothing can be lost."
     )
-    return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart))
+    return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart, caption))
 
 
 def perplexities(study: Study) -> Figure | None:
@@ -140,7 +140,7 @@ def perplexities(study: Study) -> Figure | None:
     floor = (
         alt.Chart()
         .transform_filter("isValid(datum.floor)")
-        .mark_rule(color=_NEUTRAL, strokeDash=[2, 2])
+        .mark_rule(aria=False, color=_NEUTRAL, strokeDash=[2, 2])
         .encode(y=alt.Y("min(floor):Q", scale=alt.Scale(type="log")))
     )
     chart = (
@@ -150,7 +150,7 @@ def perplexities(study: Study) -> Figure | None:
         .resolve_scale(y="independent")
     )
     caption = "Perplexities; the dotted line is that of a model to which all tokens are equally likely."
-    return Figure("perplexity", "Perplexity", caption, _spec(chart))
+    return Figure("perplexity", "Perplexity", caption, _spec(chart, caption))
 
 
 def knowledge_and_truthfulness(study: Study) -> Figure | None:
@@ -180,7 +180,9 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
     for benchmark, channel in ((knowledge, "x"), (truth, "y")):
         if (best := benchmark.floor) and (worst := benchmark.lowest_floor):
             low, high = sorted((worst[1].value, best[1].value))
-            box = alt.Chart(alt.InlineData([{"low": low, "high": high}])).mark_rect(color=_NEUTRAL, opacity=0.25)
+            box = alt.Chart(alt.InlineData([{"low": low, "high": high}])).mark_rect(
+                aria=False, color=_NEUTRAL, opacity=0.25
+            )
             layers.insert(0, box.encode(**{channel: "low:Q", f"{channel}2": "high:Q"}))
     tooltip = ["method:N", "level:N", "knowledge:Q", "truthfulness:Q"]
     layers.append(base.mark_point(filled=True, size=60, opacity=1).encode(shape=_shapes(study), tooltip=tooltip))
@@ -190,7 +192,7 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
         "One point for each level. Grey: what takes no knowledge, on each axis. A path that ends where the bands cross "
         "is a model whose answers carry nothing, however the two scores correlate on the way."
     )
-    return Figure("knowledge_truthfulness", "Knowledge against truthfulness", caption, _spec(chart))
+    return Figure("knowledge_truthfulness", "Knowledge against truthfulness", caption, _spec(chart, caption))
 
 
 def kept_neurons(study: Study) -> Figure | None:
@@ -220,7 +222,7 @@ def kept_neurons(study: Study) -> Figure | None:
         .facet(facet=alt.Facet("model:N", title=None, sort=order), columns=3, data=alt.InlineData(data))
     )
     caption = "The share of neurons that was kept, by layer and by their place in it."
-    return Figure("kept", "Which neurons were kept", caption, _spec(chart))
+    return Figure("kept", "Which neurons were kept", caption, _spec(chart, caption))
 
 
 def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
@@ -269,7 +271,7 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
         "against speed (and energy, where the hardware tells it). Models toward the upper right (of energy: the upper "
         "left) are not beaten by others."
     )
-    return Figure("quality_speed", "Quality against speed and energy", caption, _spec(chart))
+    return Figure("quality_speed", "Quality against speed and energy", caption, _spec(chart, caption))
 
 
 def against_paper(study: Study, analysis: Analysis) -> Figure | None:
@@ -295,7 +297,7 @@ def against_paper(study: Study, analysis: Analysis) -> Figure | None:
         .resolve_scale(y="independent")
     )
     caption = "Shares of the dense score over the share of neurons removed, beside the published values of the paper."
-    return Figure("paper", "Against the paper", caption, _spec(chart))
+    return Figure("paper", "Against the paper", caption, _spec(chart, caption))
 
 
 def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
@@ -386,7 +388,7 @@ def _tooltip() -> Sequence[Any]:
     ]
 
 
-def _spec(chart: Any) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.to_dict()
+def _spec(chart: Any, caption: str) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.properties(description=caption).to_dict()
     spec.pop("config", None)  # the page and the files have their own
     return spec

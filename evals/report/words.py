@@ -49,16 +49,19 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
     ]
     if parts:
         yield f"Under {where}, of the benchmarks {_list(parts)}."
-    for row in pruned:
-        benchmark = next(one for one in study.benchmarks if one.name == row.benchmark)
-        if row.change == "better" and row.relation != "above" and row.from_dense is not None:
-            floor = benchmark.floor
-            best = spell_value(benchmark, floor[1].value) if floor else ""
-            inside = f"; the best responder that knows nothing scores {best}" if floor else ""
+    for benchmark in study.benchmarks:
+        better = [
+            row
+            for row in pruned
+            if row.benchmark == benchmark.name and row.change == "better" and row.relation in ("at", "below")
+        ]
+        if better and benchmark.floor is not None:
+            name, floor = benchmark.floor
+            values = _list([spell_value(benchmark, row.measured.value) for row in better])
+            levels = _list([row.point.level for row in better])
             yield (
-                f"{benchmark.title} at {row.point.level} is significantly better than dense "
-                f"({spell_value(benchmark, row.measured.value)}, p {_p(row)}), but not above its floor{inside}: "
-                f"it is no evidence of an ability."
+                f"{benchmark.title} is significantly better than dense at {levels} ({values}), but not above its floor: "
+                f"{name} scores {spell_value(benchmark, floor.value)}. That is no evidence of an ability."
             )
     for name in dict.fromkeys(row.benchmark for row in pruned):
         fallen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("fallen to it")]
@@ -84,11 +87,6 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
             f"MMLU and TruthfulQA MC2 correlate over the {found.points} levels with r = {found.r:.3f} "
             f"(95 % interval {found.low:.2f} to {found.high:.2f}, p = {spell_p(found.p_value)}).{reading}"
         )
-
-
-def _p(row: Row) -> str:
-    spelled = spell_p(row.p_from_dense if row.p_from_dense is not None else 1.0)
-    return spelled if spelled.startswith("<") else f"= {spelled}"
 
 
 def _named(study: Study, rows: Sequence[Row]) -> str:
