@@ -63,7 +63,7 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
     band = (
         alt.Chart()
         .transform_aggregate(low="min(floor_low)", high="max(floor_high)", groupby=["benchmark"])
-        .mark_rect(aria=False, color=_NEUTRAL, opacity=0.3)
+        .mark_rect(aria=False, color=_NEUTRAL, opacity=0.3, stroke=_NEUTRAL)
         .encode(y="low:Q", y2="high:Q")
     )
     dense = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))

@@ -36,19 +36,18 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
     levels = [point.level for point in study.of_method(method)[1:]]
     if not levels:
         return
-    where = f"{method} ({levels[0]})" if len(levels) == 1 else f"{method} ({levels[0]} to {levels[-1]})"
     parts = [
-        f"{len(groups[group])} {spelled} ({named(group)})"
+        f"{spelled}: {named(group)}"
         for group, spelled in (
-            ("fragile", "are fragile"),
-            ("robust", "show no significant difference from dense"),
-            ("improving", "improve above the floor"),
-            ("uninformative", "cannot tell, for the dense model is not above the floor"),
+            ("fragile", "fragile"),
+            ("robust", "no significant difference from dense"),
+            ("improving", "improving above the floor"),
+            ("uninformative", "not informative, for the dense model is not above the floor"),
         )
         if groups[group]
     ]
     if parts:
-        yield f"Under {where}, of the benchmarks {_list(parts)}."
+        yield f"Under {method} ({_range(levels)}), {'; '.join(parts)}."
     for benchmark in study.benchmarks:
         better = [
             row
@@ -58,9 +57,9 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
         if better and benchmark.floor is not None:
             name, floor = benchmark.floor
             values = _list([spell_value(benchmark, row.measured.value) for row in better])
-            levels = _list([row.point.level for row in better])
+            where = _list([row.point.level for row in better])
             yield (
-                f"{benchmark.title} is significantly better than dense at {levels} ({values}), but not above its floor: "
+                f"{benchmark.title} is significantly better than dense at {where} ({values}), but not above its floor: "
                 f"{name} scores {spell_value(benchmark, floor.value)}. That is no evidence of an ability."
             )
     for name in dict.fromkeys(row.benchmark for row in pruned):
@@ -87,6 +86,10 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
             f"MMLU and TruthfulQA MC2 correlate over the {found.points} levels with r = {found.r:.3f} "
             f"(95 % interval {found.low:.2f} to {found.high:.2f}, p = {spell_p(found.p_value)}).{reading}"
         )
+
+
+def _range(levels: Sequence[str]) -> str:
+    return levels[0] if len(levels) == 1 else f"{levels[0]} to {levels[-1]}"
 
 
 def _named(study: Study, rows: Sequence[Row]) -> str:
