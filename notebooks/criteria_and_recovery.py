@@ -37,9 +37,10 @@ REDUCED = not on_accelerator
 MODEL = "demo"
 CALIBRATION_TOKENS = 4096 if REDUCED else 32768
 EVALUATE_TOKENS = 512 if REDUCED else 8192
+METHODS = "ppm hybrid hybrid+least-squares" + ("" if REDUCED else " ppm+least-squares wanda taylor random")
 PERCENTS = "20" if REDUCED else "10 20 40"
 TRAINING = (
-    "--steps 8 --window 128 --batch-size 2"
+    "--steps 6 --window 128 --batch-size 2"
     if REDUCED
     else "--steps 200 --window 512 --batch-size 8 --compute-dtype bfloat16"
 )
@@ -76,7 +77,7 @@ print(f"{len(text):,} characters")
 # %%
 run(
     compare,
-    f"--model {MODEL} --methods ppm hybrid ppm+least-squares hybrid+least-squares --prune-percent {PERCENTS} "
+    f"--model {MODEL} --methods {METHODS} --prune-percent {PERCENTS} "
     f"--calibration {OUTPUT}/calibration.txt --calibration-tokens {CALIBRATION_TOKENS} "
     f"--evaluate {OUTPUT}/held-out.txt --evaluate-tokens {EVALUATE_TOKENS} --output {OUTPUT}/comparison",
 )
@@ -115,17 +116,20 @@ print(f"loss {first['loss']:.3f} before the first step, {last['loss']:.3f} befor
 assert last["loss"] < first["loss"]
 
 # %% [markdown]
-# On the text that neither was trained on, both by one function:
+# On the held-out text:
 
 # %%
 import convert
 from convert.tokenizer import encode_text, load_tokenizer
 from evals.perplexity import perplexity
 
-for folder in ("pruned", "recovered"):
-    checkpoint = convert.load(OUTPUT / folder)
-    tokens = encode_text(load_tokenizer(checkpoint), text[:40_000])[:EVALUATE_TOKENS]
-    print(f"{folder}: token perplexity {perplexity(checkpoint.model, tokens).value:,.1f}")
+recovered = convert.load(OUTPUT / "recovered")
+tokens = encode_text(load_tokenizer(recovered), text[:40_000])[:EVALUATE_TOKENS]
+rows = json.loads((OUTPUT / "comparison" / "comparison.json").read_text())["rows"]
+for row in rows:
+    if (row["method"], row["target"]) in (("dense", None), ("ppm", "20 %")):
+        print(f"{row['method']}: token perplexity {next(iter(row['perplexity'].values())):,.1f}")
+print(f"recovered: token perplexity {perplexity(recovered.model, tokens).value:,.1f}")
 
 # %% [markdown]
 # ## On

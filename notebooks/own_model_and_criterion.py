@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 CHECKOUT = ".."  # on Colab, the folder that holds the checkout
-if importlib.util.find_spec("gluprune_jax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", CHECKOUT], check=True)
+if importlib.util.find_spec("gluprune_jax") is None or importlib.util.find_spec("lm_eval") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[evals]"], check=True)
 
 # %%
 import json
@@ -24,6 +24,7 @@ import numpy as np
 
 import convert
 from convert import __main__ as convert_command
+from evals import __main__ as evals_command
 from gluprune_jax import PruningPlan, compare, prune
 
 on_accelerator = jax.default_backend() != "cpu"
@@ -141,11 +142,11 @@ print(f"{from_orbax.config.num_parameters:,} parameters, bit for bit the same in
 # - `--mesh auto` (the default) uses all chips. On several machines, the same command on each with `--distributed`.
 # - `--dtype bfloat16` for weights that are stored in float32; `gs://` addresses with `pip install '.[gcs]'`.
 #
-# These are plans and compilations. Nothing has been run on a TPU yet.
+# These are plans and compilations. Nothing has been run on a TPU yet. Here is what eight chips of 16 GiB would hold to
+# evaluate this model, as four replicas of two chips each:
 
 # %%
 run(
-    prune,
-    "--model own/model --prune-percent 10 --criterion hybrid --calibration python-reference "
-    "--calibration-tokens 4096 --dry-run --device-memory 16GiB --mesh data=1,model=1",
+    evals_command,
+    "--model own/model --suite quick --data-dir demo --dry-run --device-memory 16GiB --mesh data=4,model=2",
 )

@@ -35,7 +35,7 @@ from gluprune_jax.documents import read_text
 on_accelerator = jax.default_backend() != "cpu"
 REDUCED = not on_accelerator
 MODEL = "demo"  # or "meta-llama/Llama-3.2-1B": accept its licence on the Hugging Face hub, and set HF_TOKEN
-TOKENS = 1024 if REDUCED else 8192  # that perplexity is measured on
+TOKENS = 512 if REDUCED else 8192  # that perplexity is measured on
 PERCENTS = (20, 40) if REDUCED else (10, 20, 30, 40, 50, 60)
 
 jax.devices()
