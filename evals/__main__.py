@@ -133,14 +133,16 @@ def _lm_eval(argv: Sequence[str]) -> int:
     return run_lm_eval(argv)
 
 
-def check_installed() -> None:
-    """Makes sure that lm-eval is there.
+def check_installed(*, is_study: bool = False) -> None:
+    """Makes sure that lm-eval is there, and for a study what draws its figures.
 
     Raises:
       OperationError: it is not.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise OperationError("the benchmarks need lm-evaluation-harness: pip install 'gluprune-jax[evals]'")
+    if is_study and not (importlib.util.find_spec("altair") and importlib.util.find_spec("vl_convert")):
+        raise OperationError("the report needs Altair and vl-convert: pip install 'gluprune-jax[study]'")
 
 
 def _evaluate(args: argparse.Namespace, command: str) -> None:

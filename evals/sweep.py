@@ -234,7 +234,7 @@ def _check_request(args: argparse.Namespace) -> tuple[list[Method], list[dict[st
         raise RequestError("nothing looks at --calibration; give a method that does, or leave it out")
     if args.include_path is not None and not args.include_path.is_dir():
         raise RequestError(f"--include-path {args.include_path} is no folder; give one with task definitions")
-    check_installed()
+    check_installed(is_study=True)
     return wanted, _targets(args)
 
 
