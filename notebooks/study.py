@@ -79,9 +79,9 @@ for benchmark in study["benchmarks"]:
 #
 # Each model is compared with the dense one and with the floor, item by item; the p-values are corrected for the number
 # of comparisons. "Holding" means only that no difference was found. With as few items as here that is weak: the
-# standard error of a proportion near one half is `0.5 / sqrt(items)`, 5 points at 100 items and 1.6 at 1,000. That a
-# benchmark "cannot tell" is an answer, too: where the dense model is not above the floor, a score that goes up under
-# pruning is no gain.
+# standard error of a proportion near one half is `0.5 / sqrt(items)`, 5 points at 100 items and 1.6 at 1,000. "Not
+# informative" is an answer, too: where the dense model is not above the floor, a score that goes up under pruning is no
+# gain.
 
 # %%
 lines = ["| benchmark | model | score | standard error | from dense, p | above floor, p | verdict |", "|" + "---|" * 7]
