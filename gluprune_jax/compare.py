@@ -26,7 +26,7 @@ from convert.store import DTYPE_NAMES, MODEL_HELP
 from convert.tokenizer import encode_text, load_tokenizer
 from evals.__main__ import check_installed, data_folder
 from evals.perplexity import perplexity
-from evals.suites import Benchmark, resolve_tasks, task_manager
+from evals.suites import choose_benchmarks
 from gluprune_jax import devices, method_options, methods, terminal
 from gluprune_jax.activation_statistics import describe_windows
 from gluprune_jax.allocation import FLOOR
@@ -112,7 +112,10 @@ def _compare(args: argparse.Namespace) -> None:
     with failing_together():
         if is_main() and args.output is not None:
             _check_output(args.output, args.overwrite)
-        tasks = None if args.tasks is None else _find_tasks(args.tasks)
+        tasks = None
+        if args.tasks is not None:
+            check_installed()
+            tasks = choose_benchmarks(None, args.tasks)
         texts = {name: evaluation_text(name) for name in args.evaluate}
         documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
     check_same("the texts of --evaluate", (text.encode() for text in texts.values()))
@@ -326,14 +329,6 @@ class _Meter:
             checkpoint = dataclasses.replace(self._checkpoint, model=model)
             found["benchmarks"] = _benchmarks(self._args, self._tasks, checkpoint, masks)
         return found
-
-
-def _find_tasks(tasks: str) -> tuple[Sequence[Benchmark], Any]:
-    """The benchmarks of `--tasks`, and lm-eval's index of tasks, which loads them."""
-    check_installed()
-    names = tasks.split(",")
-    manager = task_manager(names)
-    return resolve_tasks(names, manager), manager
 
 
 def _benchmarks(args: argparse.Namespace, tasks: Any, checkpoint: convert.Checkpoint, masks: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert.__main__
 import evals.__main__
+import evals.efficiency
 import evals.report.__main__
 import evals.sweep
 import gluprune_jax
@@ -39,6 +40,7 @@ MODULES: dict[str, Any] = {
     "convert": convert.__main__,
     "evals": evals.__main__,
     "evals.sweep": evals.sweep,
+    "evals.efficiency": evals.efficiency,
     "evals.report": evals.report.__main__,
 }
 OTHERS = {"--case", "--compare"}  # options of benchmarks/tpu_check.py

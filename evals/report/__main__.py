@@ -50,7 +50,7 @@ def _report(args: argparse.Namespace) -> None:
     if output is None:
         raise RequestError("--published needs a folder for the report; give --output DIR")
     refuse_address(output)
-    check_installed()
+    check_installed(is_study=True)
     from evals.report.files import PAGE, print_study, write_report
     from evals.study_files import load_study
 

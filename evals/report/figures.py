@@ -10,7 +10,7 @@ import altair as alt
 from evals.paper import paper_study, published
 from evals.report.tables import name_point
 from evals.significance import Comparison
-from evals.study import DENSE, KNOWLEDGE, TRUTHFULNESS, Analysis, StudiedBenchmark, Study, analyse
+from evals.study import DENSE, KNOWLEDGE, TRUTHFULNESS, Analysis, StudiedBenchmark, Study, analyse, retention
 
 # Okabe and Ito's, which colour-blind readers can tell apart, without black and yellow: on light and dark they vanish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -18,6 +18,7 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down"
 _GROUPS = ("fragile", "robust", "improving", "uninformative", "not tested")
 _NEUTRAL = "#8a8a8a"
 _PANEL = {"width": 190, "height": 130}
+_SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
 # Of models in the picture of kept neurons.
 _MOST_MAPS = 12
 
@@ -47,6 +48,7 @@ def study_figures(study: Study, analysis: Analysis) -> list[Figure]:
         perplexities(study),
         knowledge_and_truthfulness(study),
         kept_neurons(study),
+        quality_and_speed(study, analysis),
         against_paper(study, analysis),
     ]
     return [figure for figure in found if figure is not None]
@@ -61,10 +63,10 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
     band = (
         alt.Chart()
         .transform_aggregate(low="min(floor_low)", high="max(floor_high)", groupby=["benchmark"])
-        .mark_rect(color=_NEUTRAL, opacity=0.3)
+        .mark_rect(aria=False, color=_NEUTRAL, opacity=0.3, stroke=_NEUTRAL)
         .encode(y="low:Q", y2="high:Q")
     )
-    dense = alt.Chart().mark_rule(color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    dense = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
     error = base.mark_rule().encode(y=_relative_axis("low:Q"), y2="high:Q", color=_methods(study))
     line = base.mark_line().encode(y=_relative_axis(), color=_methods(study))
     point = base.mark_point(filled=True, size=45, opacity=1).encode(
@@ -81,7 +83,7 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
         "(of perplexities the inverse), with 95 % intervals of the difference. Grey: what responders that know nothing "
         "score, worst to best. Only what is above the grey band can hold or improve."
     )
-    return Figure("dichotomy", "All benchmarks against the expansion ratio", caption, _spec(chart))
+    return Figure("dichotomy", "All benchmarks against the expansion ratio", caption, _spec(chart, caption))
 
 
 def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
@@ -98,7 +100,7 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
         shape=alt.Shape("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES[:5]))),
         tooltip=_tooltip(),
     )
-    rule = alt.Chart().mark_rule(color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    rule = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
     chart = (
         alt.layer(rule, line, point.add_params(chosen), data=alt.InlineData(data))
         .properties(width=420, height=280)
@@ -108,7 +110,7 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
         "The same lines in one panel for each method. Fragile: some level is significantly worse than dense. "
         "Uninformative: the dense model is not above the floor, so that nothing can be lost."
     )
-    return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart))
+    return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart, caption))
 
 
 def perplexities(study: Study) -> Figure | None:
@@ -138,7 +140,7 @@ def perplexities(study: Study) -> Figure | None:
     floor = (
         alt.Chart()
         .transform_filter("isValid(datum.floor)")
-        .mark_rule(color=_NEUTRAL, strokeDash=[2, 2])
+        .mark_rule(aria=False, color=_NEUTRAL, strokeDash=[2, 2])
         .encode(y=alt.Y("min(floor):Q", scale=alt.Scale(type="log")))
     )
     chart = (
@@ -148,7 +150,7 @@ def perplexities(study: Study) -> Figure | None:
         .resolve_scale(y="independent")
     )
     caption = "Perplexities; the dotted line is that of a model to which all tokens are equally likely."
-    return Figure("perplexity", "Perplexity", caption, _spec(chart))
+    return Figure("perplexity", "Perplexity", caption, _spec(chart, caption))
 
 
 def knowledge_and_truthfulness(study: Study) -> Figure | None:
@@ -178,7 +180,9 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
     for benchmark, channel in ((knowledge, "x"), (truth, "y")):
         if (best := benchmark.floor) and (worst := benchmark.lowest_floor):
             low, high = sorted((worst[1].value, best[1].value))
-            box = alt.Chart(alt.InlineData([{"low": low, "high": high}])).mark_rect(color=_NEUTRAL, opacity=0.25)
+            box = alt.Chart(alt.InlineData([{"low": low, "high": high}])).mark_rect(
+                aria=False, color=_NEUTRAL, opacity=0.25
+            )
             layers.insert(0, box.encode(**{channel: "low:Q", f"{channel}2": "high:Q"}))
     tooltip = ["method:N", "level:N", "knowledge:Q", "truthfulness:Q"]
     layers.append(base.mark_point(filled=True, size=60, opacity=1).encode(shape=_shapes(study), tooltip=tooltip))
@@ -188,7 +192,7 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
         "One point for each level. Grey: what takes no knowledge, on each axis. A path that ends where the bands cross "
         "is a model whose answers carry nothing, however the two scores correlate on the way."
     )
-    return Figure("knowledge_truthfulness", "Knowledge against truthfulness", caption, _spec(chart))
+    return Figure("knowledge_truthfulness", "Knowledge against truthfulness", caption, _spec(chart, caption))
 
 
 def kept_neurons(study: Study) -> Figure | None:
@@ -218,7 +222,56 @@ def kept_neurons(study: Study) -> Figure | None:
         .facet(facet=alt.Facet("model:N", title=None, sort=order), columns=3, data=alt.InlineData(data))
     )
     caption = "The share of neurons that was kept, by layer and by their place in it."
-    return Figure("kept", "Which neurons were kept", caption, _spec(chart))
+    return Figure("kept", "Which neurons were kept", caption, _spec(chart, caption))
+
+
+def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
+    """What is left of the model against how fast it is, or what energy it takes."""
+    report = study.efficiency or {"rows": []}
+    data = []
+    for row in report["rows"]:
+        for point in study.points:
+            left = retention(study, analysis, point)
+            if row["aligned"] or left is None or abs(point.removed - row["removed"]) > _SAME_SIZE:
+                continue
+            place = {"method": point.method, "level": point.level, "left": 100 * left}
+            setting = f"{row['workload']}, batch {row['batch']}"
+            data.append(
+                place | {"setting": setting, "cost": "decode tokens/s", "value": row["decode_tokens_per_second"]}
+            )
+            if row["energy_per_token"] is not None:
+                data.append(place | {"setting": setting, "cost": "J per token", "value": row["energy_per_token"]})
+    if not data:
+        return None
+    methods = [DENSE, *study.methods]
+    colour = alt.Color("method:N", title="method", scale=alt.Scale(domain=methods, range=[_NEUTRAL, *COLOURS]))
+    base = alt.Chart().encode(
+        x=alt.X("value:Q", title=None, scale=alt.Scale(zero=False)), y=alt.Y("left:Q", title="% left above the floor")
+    )
+    point_marks = base.mark_point(filled=True, size=60, opacity=1).encode(
+        color=colour,
+        shape=alt.Shape("method:N", title="method", scale=alt.Scale(domain=methods, range=list(SHAPES))),
+        tooltip=[
+            "method:N",
+            "level:N",
+            "setting:N",
+            alt.Tooltip("value:Q", format=",.2f"),
+            alt.Tooltip("left:Q", format=".1f"),
+        ],
+    )
+    chart = (
+        alt.layer(point_marks, base.mark_text(dy=-10, fontSize=10).encode(text="level:N"), data=alt.InlineData(data))
+        .transform_calculate(panel="datum.cost + ': ' + datum.setting")
+        .properties(width=300, height=220)
+        .facet(facet=alt.Facet("panel:N", title=None), columns=2)
+        .resolve_scale(x="independent")
+    )
+    caption = (
+        "How much of what the dense model has above its floors is left, in the mean over benchmarks where it has any, "
+        "against speed (and energy, where the hardware tells it). Models toward the upper right (of energy: the upper "
+        "left) are not beaten by others."
+    )
+    return Figure("quality_speed", "Quality against speed and energy", caption, _spec(chart, caption))
 
 
 def against_paper(study: Study, analysis: Analysis) -> Figure | None:
@@ -244,7 +297,7 @@ def against_paper(study: Study, analysis: Analysis) -> Figure | None:
         .resolve_scale(y="independent")
     )
     caption = "Shares of the dense score over the share of neurons removed, beside the published values of the paper."
-    return Figure("paper", "Against the paper", caption, _spec(chart))
+    return Figure("paper", "Against the paper", caption, _spec(chart, caption))
 
 
 def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
@@ -335,7 +388,7 @@ def _tooltip() -> Sequence[Any]:
     ]
 
 
-def _spec(chart: Any) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.to_dict()
+def _spec(chart: Any, caption: str) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.properties(description=caption).to_dict()
     spec.pop("config", None)  # the page and the files have their own
     return spec

@@ -11,11 +11,13 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import rich.table
 import vl_convert
 from rich.console import Console
+from rich.text import Text
 
 from evals.report.figures import Figure, study_figures
-from evals.report.tables import Table, row_json, study_tables
+from evals.report.tables import Table, row_json, spell_value, study_tables
 from evals.report.words import summary
 from evals.study import Analysis, Study, analyse
 from gluprune_jax.atomic import write_file_atomic
@@ -64,11 +66,32 @@ def print_study(study: Study, *, as_json: bool) -> None:
         print(json.dumps(study_json(study, analysis, sentences), indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False)
-    for table in study_tables(study, analysis):
-        if table.name in ("scores", "groups"):
-            console.print(table.to_rich())
+    for method in study.methods:
+        console.print(_overview(study, analysis, method))
+    console.print("↓ ↑ significantly worse or better than dense; ° not above the floor", style="dim", markup=False)
     for sentence in sentences:
         console.print(f"- {sentence}", markup=False)
+
+
+def _overview(study: Study, analysis: Analysis, method: str) -> rich.table.Table:
+    """Scores of a method, small enough for a terminal."""
+    points = study.of_method(method)
+    table = rich.table.Table(title=Text(method), title_justify="left")
+    table.add_column("benchmark")
+    for column in ("floor", *(point.level for point in points)):
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    for benchmark in study.benchmarks:
+        cells = [Text(spell_value(benchmark, benchmark.floor[1].value) if benchmark.floor else "")]
+        for point in points:
+            row = analysis.row(benchmark.name, point)
+            if row is None:
+                cells.append(Text(""))
+                continue
+            mark = {"worse": "↓", "better": "↑"}.get(row.change or "", " ")
+            mark += "°" if row.relation in ("at", "below") else " "
+            cells.append(Text(f"{spell_value(benchmark, row.measured.value)}{mark}"))
+        table.add_row(Text(benchmark.title), *cells)
+    return table
 
 
 def study_json(study: Study, analysis: Analysis, sentences: Sequence[str]) -> dict[str, Any]:
@@ -96,6 +119,7 @@ def study_json(study: Study, analysis: Analysis, sentences: Sequence[str]) -> di
             for (method, name), found in analysis.trends.items()
         ],
         "groups": analysis.groups,
+        "efficiency": study.efficiency,
         "correlations": {method: dataclasses.asdict(found) for method, found in analysis.correlations.items()},
     }
 

@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import rich.table
-from rich.text import Text
-
 from evals.paper import METHOD, paper_study
 from evals.significance import Comparison
 from evals.study import Analysis, Measured, Point, Row, StudiedBenchmark, Study, compare
@@ -66,15 +63,6 @@ class Table:
         body = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
         return "\n".join([f"% {self.title}: {self.note}", *body, r"\end{tabular}", ""])
 
-    def to_rich(self) -> rich.table.Table:
-        """For the terminal."""
-        table = rich.table.Table(title=Text(self.title), title_justify="left")
-        for i, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if self.is_number(i) else "left")
-        for row in self.texts():
-            table.add_row(*map(Text, row))
-        return table
-
 
 def study_tables(study: Study, analysis: Analysis) -> list[Table]:
     """All tables that a study has something for."""
@@ -86,6 +74,7 @@ def study_tables(study: Study, analysis: Analysis) -> list[Table]:
         groups(study, analysis),
         correlations(analysis),
         texts(study),
+        efficiency(study),
         against_paper(study),
     ]
     return [table for table in tables if table.rows]
@@ -143,8 +132,8 @@ def changes(study: Study, analysis: Analysis) -> Table:
     formats |= dict.fromkeys(("p", "p, corrected", "p of distance, corrected"), spell_p) | {"value": spell_number}
     note = (
         "Differences are of the same items, with 95 % bootstrap intervals; of perplexities in nats (logarithms). "
-        "p-values are corrected for the number of comparisons (Holm). The distance is from the best responder that "
-        "knows nothing."
+        "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with floors all of a "
+        "model. The distance is from the best responder that knows nothing."
     )
     return Table("changes", "What changed", note, columns, rows, formats)
 
@@ -220,6 +209,53 @@ def texts(study: Study) -> Table:
         "share that the prompt has, cut off the share of answers as long as the task allows."
     )
     return Table("texts", "Generated text", note, columns, rows, formats)
+
+
+def efficiency(study: Study) -> Table:
+    """Latency, throughput, memory and energy, if they were measured."""
+    rows: list[list[Cell]] = []
+    report = study.efficiency or {"rows": [], "definitions": {}, "energy": {}, "devices": "", "dtype": ""}
+    for row in report["rows"]:
+        first, each = row["time_to_first_token"], row["time_per_output_token"]
+        rows.append(
+            [
+                row["level"],
+                row["width"],
+                f"{row['workload']}, batch {row['batch']}",
+                None if first is None else 1e3 * first["median"],
+                1e3 * each["median"],
+                1e3 * row["latency"]["median"],
+                row["prefill_tokens_per_second"],
+                row["decode_tokens_per_second"],
+                None if row["memory_bytes"] is None else row["memory_bytes"] / 1e6,
+                row["flops_per_token"] / 1e6,
+                row["bytes_per_token"] / 1e6,
+                row["energy_per_token"],
+                row["net_energy_per_token"],
+            ]
+        )
+    columns = [
+        "model",
+        "width",
+        "workload",
+        "time to first token, ms",
+        "time per output token, ms",
+        "latency, ms",
+        "prefill tokens/s",
+        "decode tokens/s",
+        "memory, MB",
+        "MFLOPs per token",
+        "MB per token",
+        "J per token",
+        "J per token, net",
+    ]
+    formats: dict[str, Callable[[float], str]] = dict.fromkeys(columns[3:], "{:,.1f}".format)
+    formats |= {"width": "{:,}".format} | dict.fromkeys(columns[-2:], "{:.3f}".format)
+    unavailable = report["energy"].get("unavailable")
+    definitions = "; ".join(f"{name}: {text}" for name, text in report["definitions"].items())
+    energy = f" Energy is not available: {unavailable}." if unavailable else ""
+    note = f"On {report['devices']} in {report['dtype']}, medians.{energy} Definitions: {definitions}."
+    return Table("efficiency", "Speed, memory and energy", note, columns, rows, formats)
 
 
 def against_paper(study: Study) -> Table:

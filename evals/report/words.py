@@ -36,29 +36,31 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
     levels = [point.level for point in study.of_method(method)[1:]]
     if not levels:
         return
-    where = f"{method} ({levels[0]})" if len(levels) == 1 else f"{method} ({levels[0]} to {levels[-1]})"
     parts = [
-        f"{len(groups[group])} {spelled} ({named(group)})"
+        f"{spelled}: {named(group)}"
         for group, spelled in (
-            ("fragile", "are fragile"),
-            ("robust", "show no significant difference from dense"),
-            ("improving", "improve above the floor"),
-            ("uninformative", "cannot tell, for the dense model is not above the floor"),
+            ("fragile", "fragile"),
+            ("robust", "no significant difference from dense"),
+            ("improving", "improving above the floor"),
+            ("uninformative", "not informative, for the dense model is not above the floor"),
         )
         if groups[group]
     ]
     if parts:
-        yield f"Under {where}, of the benchmarks {_list(parts)}."
-    for row in pruned:
-        benchmark = next(one for one in study.benchmarks if one.name == row.benchmark)
-        if row.change == "better" and row.relation != "above" and row.from_dense is not None:
-            floor = benchmark.floor
-            best = spell_value(benchmark, floor[1].value) if floor else ""
-            inside = f"; the best responder that knows nothing scores {best}" if floor else ""
+        yield f"Under {method} ({_range(levels)}), {'; '.join(parts)}."
+    for benchmark in study.benchmarks:
+        better = [
+            row
+            for row in pruned
+            if row.benchmark == benchmark.name and row.change == "better" and row.relation in ("at", "below")
+        ]
+        if better and benchmark.floor is not None:
+            name, floor = benchmark.floor
+            values = _list([spell_value(benchmark, row.measured.value) for row in better])
+            where = _list([row.point.level for row in better])
             yield (
-                f"{benchmark.title} at {row.point.level} is significantly better than dense "
-                f"({spell_value(benchmark, row.measured.value)}, p {_p(row)}), but not above its floor{inside}: "
-                f"it is no evidence of an ability."
+                f"{benchmark.title} is significantly better than dense at {where} ({values}), but not above its floor: "
+                f"{name} scores {spell_value(benchmark, floor.value)}. That is no evidence of an ability."
             )
     for name in dict.fromkeys(row.benchmark for row in pruned):
         fallen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("fallen to it")]
@@ -86,9 +88,8 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
         )
 
 
-def _p(row: Row) -> str:
-    spelled = spell_p(row.p_from_dense if row.p_from_dense is not None else 1.0)
-    return spelled if spelled.startswith("<") else f"= {spelled}"
+def _range(levels: Sequence[str]) -> str:
+    return levels[0] if len(levels) == 1 else f"{levels[0]} to {levels[-1]}"
 
 
 def _named(study: Study, rows: Sequence[Row]) -> str:

@@ -1,0 +1,159 @@
+"""The report of a study: every number in it, and a page that opens offline."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import commands
+import pytest
+from synthetic_studies import POINTS, study
+
+from evals.report.__main__ import main
+from evals.report.files import write_report
+from evals.study import Study, analyse
+
+FIGURES = {"dichotomy", "fragile_robust", "perplexity", "knowledge_truthfulness", "kept", "paper"}
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Elements that are not closed, ids, and what is linked to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found["href"] or ""] if "href" in found else []
+        self.sources += [found["src"] or ""] if "src" in found else []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def made() -> Study:
+    return study()
+
+
+@pytest.fixture(scope="module")
+def folder(made: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_report(made, folder)
+    return folder
+
+
+def test_the_page_is_whole_small_and_needs_nothing_else(folder: Path, made: Study) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert len(text.encode()) < 3e6
+    page = Page(text)
+    assert page.open == []
+    assert len(set(page.ids)) == len(page.ids)
+    inside = [link[1:] for link in page.links if link.startswith("#")]
+    assert inside
+    assert set(inside) <= set(page.ids)
+    assert page.sources == []
+    assert {link for link in page.links if not link.startswith("#")} == {"https://arxiv.org/abs/2512.22671"}
+    assert made.model in page.text  # escaped: it has a tag in its name
+    for benchmark in made.benchmarks:
+        assert benchmark.title in page.text
+    assert "at the floor: fallen to it" in page.text
+
+
+def test_every_figure_is_there_three_times(folder: Path) -> None:
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    assert drawn == {f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")}
+    for path in (folder / "figures").iterdir():
+        start = path.read_bytes()[:100]
+        assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in start
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    found = re.search(r"const specs = (\{.*?\});\n", text, re.DOTALL)
+    assert found is not None
+    specs = json.loads(found[1])
+    assert set(specs) == FIGURES
+    (rows,) = specs["dichotomy"]["datasets"].values()
+    assert {(row["benchmark"], row["level"]) for row in rows} >= {("MMLU", point.level) for point in POINTS}
+    last = next(row for row in rows if (row["benchmark"], row["level"]) == ("MMLU", "60 %"))
+    assert last["relative"] == pytest.approx(100 * 0.26 / 0.6)
+    assert (last["floor_low"], last["floor_high"]) == pytest.approx((100 * 0.25 / 0.6, 100 * 0.28 / 0.6))
+    assert last["low"] < last["relative"] < last["high"]
+
+
+def test_tables_are_the_analysis(folder: Path, made: Study) -> None:
+    with (folder / "tables" / "changes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = analyse(made)
+    assert len(rows) == len(found.rows)
+    for shown, row in zip(rows, found.rows, strict=True):
+        assert float(shown["value"]) == row.measured.value
+        assert shown["verdict"] == row.verdict
+        if row.from_dense is not None:
+            assert float(shown["difference from dense"]) == row.from_dense.difference
+            assert float(shown["p, corrected"]) == row.p_from_dense
+    names = {path.name for path in (folder / "tables").iterdir()}
+    stems = {"scores", "changes", "trends", "floors", "groups", "correlations", "texts"}
+    assert names == {f"{stem}.{ending}" for stem in stems for ending in ("csv", "tex")}
+
+
+def test_latex_is_escaped_and_aligned(folder: Path) -> None:
+    for path in (folder / "tables").glob("*.tex"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        body = [line for line in lines[1:] if line.endswith(r"\\")]
+        columns = len(re.search(r"\{tabular\}\{([lr]+)\}", path.read_text())[1])  # type: ignore[index]
+        for line in body:
+            assert len(re.split(r"(?<!\\)&", line)) == columns, line
+            assert not re.search(r"(?<!\\)[%#_]", line), line
+
+
+def test_the_document_has_everything_but_items(folder: Path, made: Study) -> None:
+    document = json.loads((folder / "study.json").read_text())
+    assert document["format"] == "gluprune-study"
+    assert [row["verdict"] for row in document["rows"]] == [row.verdict for row in analyse(made).rows]
+    assert document["groups"]["ppm"]["robust"] == ["steady"]
+    assert "outcomes" not in json.dumps(document)
+    assert any("MMLU falls to its floor at 40 % and 60 %" in sentence for sentence in document["summary"])
+
+
+def test_a_report_of_published_values_without_perplexities_floors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evals.floors.floors", lambda *_, **__: [])
+    monkeypatch.setattr("evals.run.load_benchmarks", lambda *_, **__: [])
+    status, out, err = commands.run(main, capsys, "--published", "Llama-3.2-3B", "--output", tmp_path / "report")
+    assert status == 0, err
+    assert "r = -0.864" in out
+    with (tmp_path / "report" / "tables" / "scores.csv").open() as file:
+        rows = {row["benchmark"]: row for row in csv.DictReader(file)}
+    assert rows["MMLU"]["ppm, 60 %"].startswith("0.2589 ±")
+    assert rows["WikiText-2"]["dense"] == "9.2628"
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, message in (
+        ([], "give the folder of a study, or --published MODEL"),
+        ([tmp_path], "has no sweep.json"),
+        (["--published", "Llama-3.2-1B"], "give --output DIR"),
+        ([tmp_path, "--published", "Llama-3.2-1B"], "give the folder of a study, or --published MODEL"),
+    ):
+        status, out, err = commands.run(main, capsys, *argv)
+        assert (status, out) == (2, ""), err
+        assert message in err
+    (tmp_path / "sweep.json").write_text("{")
+    status, _, err = commands.run(main, capsys, tmp_path)
+    assert status == 1
+    assert "sweep.json is damaged" in err

@@ -1,0 +1,212 @@
+"""A study of a tiny model, from its arguments to its report, and after every kind of interruption."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import commands
+import pytest
+from test_evals_command import VOCABULARY, write_tokenizer
+from tiny_models import hf_config, write_folder
+from tiny_tasks import write_tasks
+
+from evals.study import DENSE
+from evals.study_files import load_study
+from evals.sweep import PRESETS, main
+from evals.sweep import parser as sweep_parser
+
+run, report = partial(commands.run, main), partial(commands.report, main)
+TASKS = "tiny_choice,tiny_words,tiny_pages,tiny_sums"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1)
+    folder = write_folder(tmp_path_factory.mktemp("model") / "tiny-llama", config)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        yield write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def arguments(model: Path, tasks: Path, output: Path, *more: object) -> list[object]:
+    what = ["--model", model, "--include-path", tasks, "--tasks", TASKS, "--max-length", 64, "--mesh", "data=1"]
+    return [*what, "--output", output, *more]
+
+
+def test_a_study_from_beginning_to_end(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "study"
+    found = report(capsys, *arguments(model, tasks, output, "--levels", "0,10,50", "--items", 8))
+    assert [(point["method"], point["level"]) for point in found["points"]] == [
+        (DENSE, DENSE),
+        ("ppm", "10 %"),
+        ("ppm", "50 %"),
+    ]
+    assert [round(point["expansion_ratio"] * 48) for point in found["points"]] == [80, 72, 40]
+    study = load_study(output)
+    assert [one.name for one in study.benchmarks] == TASKS.split(",")
+    sizes = {one.name: one.measured[study.dense].items for one in study.benchmarks}
+    assert sizes == {"tiny_choice": 8, "tiny_words": 8, "tiny_pages": 8, "tiny_sums": 8}  # the group has two tasks
+    floors = {one.name: set(one.floors) for one in study.benchmarks}
+    assert floors["tiny_choice"] == {"a uniform guess", "the shortest choice", "the longest choice"}
+    assert floors["tiny_words"] == floors["tiny_pages"] == {f"all {VOCABULARY} tokens equally likely"}
+    assert "one word repeated" in floors["tiny_sums"]
+    for one in study.benchmarks:  # floors are of the same items
+        for floor in one.floors.values():
+            assert floor.outcomes is not None
+            assert floor.outcomes.keys == one.measured[study.dense].outcomes.keys  # type: ignore[union-attr]
+    texts = next(one for one in study.benchmarks if one.name == "tiny_sums").measured[study.dense].text
+    assert texts is not None
+    assert {"words", "empty", "echo", "cut_off"} <= texts.keys()
+    assert {path.name for path in output.iterdir()} >= {"report.html", "study.json", "figures", "tables"}
+    assert (output / "tables" / "texts.csv").exists()
+    assert len(found["rows"]) == 4 * 3
+
+
+def test_masks_and_slices_say_the_same(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = ("--levels", "50", "--items", 6)
+    masked = report(capsys, *arguments(model, tasks, tmp_path / "masked", *levels))
+    sliced = report(capsys, *arguments(model, tasks, tmp_path / "sliced", *levels, "--slice"))
+    for a, b in zip(masked["rows"], sliced["rows"], strict=True):
+        assert a["measured"]["value"] == pytest.approx(b["measured"]["value"], rel=1e-4)
+    widths = json.loads((tmp_path / "sliced" / "sweep.json").read_text())["rows"][1]["widths"]
+    assert widths == [40] * 3
+
+
+def test_more_levels_and_methods_join_a_study(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("all neurons are equal, but some neurons are more equal than others. " * 40)
+    calibration = ("--calibration", text, "--calibration-tokens", 512, "--calibration-window", 64, "--items", 4)
+    output = tmp_path / "study"
+    report(capsys, *arguments(model, tasks, output, *calibration, "--methods", "hybrid", "--levels", 20))
+    first = (output / "sweep.json").read_text()
+    more = ("--methods", "hybrid", "hybrid+least-squares", "--expansion-ratio", "1.0")
+    found = report(capsys, *arguments(model, tasks, output, *calibration, *more))
+    assert [(point["method"], point["level"]) for point in found["points"]] == [
+        (DENSE, DENSE),
+        ("hybrid", "20 %"),
+        ("hybrid", "1x"),
+        ("hybrid+least-squares", "1x"),
+    ]
+    assert json.loads(first)["rows"] == json.loads((output / "sweep.json").read_text())["rows"][:2]
+    assert set(found["groups"]) == {"hybrid", "hybrid+least-squares"}
+    status, out, err = run(capsys, *arguments(model, tasks, output, *calibration[:-1], 5, "--methods", "hybrid"))
+    assert (status, out) == (2, "")
+    assert "is of another sweep: its items differs" in err
+
+
+def test_presets_are_the_papers() -> None:
+    for name, hidden in (("paper-1b", "Llama-3.2-1B"), ("paper-3b", "Llama-3.2-3B")):
+        assert PRESETS[name]["model"].endswith(hidden)
+        assert PRESETS[name]["levels"] == "0,10,20,30,40,50,60"
+    assert PRESETS["paper-1b-instruct"]["levels"] == "0,10,40,60"
+    for preset in PRESETS.values():
+        assert sweep_parser().parse_args([x for key, value in preset.items() for x in (f"--{key}", value)])
+
+
+def test_refusals(model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--model", model, "--tasks", "piqa", "--output", tmp_path / "study"]
+    for argv, message in (
+        (["--tasks", "piqa"], "no model: give --model MODEL or --preset NAME"),
+        (["--model", model], "no benchmarks: give --suite NAME"),
+        ([*base, "--levels", "0,ten"], "--levels has 'ten'"),
+        ([*base, "--levels", "10,10.0"], "--levels has 10.0 twice"),
+        ([*base, "--levels", "100"], "100"),
+        ([*base, "--items", 0], "--items is 0"),
+        ([*base, "--methods", "ppm", "ppm"], "--methods has ppm twice"),
+        ([*base, "--methods", "hybrid"], "looks at activations; give --calibration TEXT"),
+        ([*base, "--calibration", "python-reference"], "nothing looks at --calibration"),
+        ([*base[:3], "piqaa", *base[4:]], "did you mean piqa"),
+        ([*base, "--include-path", tmp_path / "none"], "is no folder"),
+        ([*base, "--output", "gs://bucket/study"], "is an address"),
+    ):
+        status, out, err = run(capsys, *argv)
+        assert (status, out) == (2, ""), err
+        assert message in err, (argv, err)
+        assert not (tmp_path / "study").exists()
+
+
+# Imports once what every run needs, and forks one for each line, which is its arguments; JAX is not yet started.
+ZYGOTE = """
+import json, os, sys, warnings
+import evals.backend, evals.floors, evals.report.files, evals.run, lm_eval
+from evals.sweep import main
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(json.loads(line)[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(2, 1)
+        os._exit(main(json.loads(line)[1:]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_twenty_times_is_that_of_an_unbroken_run(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+    }
+    what = ("--levels", "10,30,60", "--items", 12, "--tasks", "tiny_choice,tiny_sums")
+    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
+    zygote = subprocess.Popen(
+        [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert zygote.stdin is not None
+    assert zygote.stdout is not None
+
+    def run_for(output: Path, seconds: float | None) -> int:
+        """Runs a study, kills it after some seconds, and returns its exit status."""
+        assert zygote.stdin is not None
+        assert zygote.stdout is not None
+        zygote.stdin.write(json.dumps([str(log), *map(str, arguments(model, tasks, output, *what))]) + "\n")
+        zygote.stdin.flush()
+        process = int(zygote.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        return int(zygote.stdout.readline())
+
+    with zygote:
+        assert run_for(whole, None) == 0, log.read_text()
+        shutil.rmtree(whole)
+        begun = time.monotonic()
+        assert run_for(whole, None) == 0, log.read_text()  # with all programs in the cache, as those that are killed
+        duration = time.monotonic() - begun
+        rng, found = random.Random(0), []
+        for _ in range(20):
+            found.append(run_for(broken, rng.uniform(0.2, 1.0) * duration))
+            assert found[-1] in (0, -signal.SIGKILL), log.read_text()
+            if found[-1] == 0:  # it was done: again from the beginning, for more moments to be killed at
+                shutil.rmtree(broken)
+        assert found.count(-signal.SIGKILL) > 10
+        assert run_for(broken, None) == 0, log.read_text()
+        zygote.stdin.close()
+    for name in ("study.json", *(f"tables/{path.name}" for path in (whole / "tables").iterdir())):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
