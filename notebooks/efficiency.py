@@ -60,8 +60,8 @@ print("energy:", report["energy"]["unavailable"] or report["energy"]["sources"])
 # %% [markdown]
 # ## Bytes and speed
 #
-# Decoding one token reads all weights once. Where that is the bound, speed follows bytes; elsewhere (small models, CPUs,
-# large batches) the points leave the line.
+# Decoding one token reads all weights once. Where that is the bound, speed follows bytes; elsewhere (small models,
+# CPUs, large batches) the points leave the line.
 
 # %%
 rows = [row for row in report["rows"] if row["batch"] == 1]
