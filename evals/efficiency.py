@@ -371,15 +371,15 @@ def _print(report: dict[str, Any]) -> None:
         rows = [row for row in report["rows"] if (row["workload"], row["batch"]) == (workload, batch)]
         shape = f"{rows[0]['mean_prompt_tokens']:.0f} + {rows[0]['new_tokens']} tokens"
         table = Table(title=Text(f"{workload}, batch {batch}: {shape}"), title_justify="left")
-        columns = ["first, ms"] * (batch == 1) + ["each, ms", "all, ms", "prefill/s", "decode/s", "memory"]
-        table.add_column("model")
+        columns = ["first, ms"] * (batch == 1) + ["each, ms", "all, ms", "prefill/s", "decode/s", "MB"]
+        table.add_column("model", min_width=max(len(word) for row in rows for word in row["level"].split(", ")))
         for column in columns + ["J/token"] * has_energy:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             cells = [_milliseconds(row["time_to_first_token"])] * (batch == 1)
             cells += [_milliseconds(row["time_per_output_token"]), _milliseconds(row["latency"])]
             cells += [f"{row['prefill_tokens_per_second']:,.0f}", f"{row['decode_tokens_per_second']:,.1f}"]
-            cells.append("" if row["memory_bytes"] is None else terminal.format_bytes(row["memory_bytes"]))
+            cells.append("" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:,.0f}")
             if has_energy:
                 cells.append(f"{row['energy_per_token']:.3f}")
             table.add_row(row["level"], *cells)
