@@ -26,7 +26,7 @@ from evals.__main__ import check_installed, data_folder, use_compilation_cache
 from evals.costs import bytes_per_token, flops_per_token
 from evals.energy import EnergyMeter
 from evals.study_files import EFFICIENCY_FILE, EFFICIENCY_FORMAT, VERSION
-from evals.workloads import BATCHES, SYNTHETIC, Workload, from_texts, of_paper, synthetic
+from evals.workloads import BATCHES, SYNTHETIC, SYNTHETIC_PROMPTS, Workload, from_texts, of_paper, synthetic
 from gluprune_jax import devices, generate, make_plan, score, terminal
 from gluprune_jax.atomic import check_file, write_file_atomic
 from gluprune_jax.distributed import failing_together, is_main
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--batch-sizes", default=",".join(map(str, BATCHES)), metavar="LIST", help="prompts generated together"
     )
-    work.add_argument("--most-prompts", type=int, metavar="N", help="of the paper's workloads, no more than N prompts")
+    work.add_argument("--most-prompts", type=int, metavar="N", help="of each workload, no more than N prompts")
     work.add_argument("--data-dir", metavar="DIR", help="data of the paper's workloads, as for python -m evals")
     how = parser.add_argument_group("how")
     how.add_argument("--repeats", type=int, default=5, metavar="N", help="of everything (default: 5)")
@@ -229,13 +229,15 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 def _workloads(args: argparse.Namespace, checkpoint: convert.Checkpoint) -> list[Workload]:
     if args.prompts is None and args.workload == SYNTHETIC:
-        return [synthetic(checkpoint.config.vocab_size, args.prompt_tokens, args.new_tokens)]
+        count = SYNTHETIC_PROMPTS if args.most_prompts is None else min(args.most_prompts, SYNTHETIC_PROMPTS)
+        return [synthetic(checkpoint.config.vocab_size, args.prompt_tokens, args.new_tokens, count)]
     tokenizer = load_tokenizer(checkpoint)
     if args.prompts is None:
         tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
         return of_paper(tokenize, data_folder(args.data_dir), args.most_prompts)
     documents = read_documents(args.prompts, "--prompts")
     texts = [line for document in documents if isinstance(document, str) for line in document.splitlines() if line]
+    texts = texts[: args.most_prompts]
     return [from_texts(args.prompts, texts, functools.partial(encode_prompt, tokenizer), args.new_tokens)]
 
 
@@ -369,16 +371,17 @@ def _print(report: dict[str, Any]) -> None:
         rows = [row for row in report["rows"] if (row["workload"], row["batch"]) == (workload, batch)]
         shape = f"{rows[0]['mean_prompt_tokens']:.0f} + {rows[0]['new_tokens']} tokens"
         table = Table(title=Text(f"{workload}, batch {batch}: {shape}"), title_justify="left")
-        columns = ["first, ms"] * (batch == 1) + ["each, ms", "all, ms", "prefill/s", "decode/s", "memory"]
-        table.add_column("model")
+        columns = ["first, ms"] * (batch == 1) + ["each, ms", "all, ms", "prefill/s", "decode/s", "MB"]
+        table.add_column("model", min_width=max(len(word) for row in rows for word in row["level"].split(", ")))
         for column in columns + ["J/token"] * has_energy:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             cells = [_milliseconds(row["time_to_first_token"])] * (batch == 1)
             cells += [_milliseconds(row["time_per_output_token"]), _milliseconds(row["latency"])]
             cells += [f"{row['prefill_tokens_per_second']:,.0f}", f"{row['decode_tokens_per_second']:,.1f}"]
-            cells.append("" if row["memory_bytes"] is None else terminal.format_bytes(row["memory_bytes"]))
-            cells += [f"{row['energy_per_token']:.3f}"] * has_energy
+            cells.append("" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:,.0f}")
+            if has_energy:
+                cells.append(f"{row['energy_per_token']:.3f}")
             table.add_row(row["level"], *cells)
         console.print(table)
     notes = [

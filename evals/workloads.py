@@ -19,7 +19,7 @@ from gluprune_jax.errors import RequestError
 # 5, 43 and 88 tokens on average.
 PAPER = {"hellaswag": (100, 17), "mmlu": (100, 49), "ifeval": (30, 97)}
 BATCHES = (1, 8)
-SYNTHETIC = "synthetic"
+SYNTHETIC, SYNTHETIC_PROMPTS = "synthetic", 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Workload:
     new_tokens: int
 
 
-def synthetic(vocab_size: int, prompt_tokens: int, new_tokens: int, count: int = 8) -> Workload:
+def synthetic(vocab_size: int, prompt_tokens: int, new_tokens: int, count: int = SYNTHETIC_PROMPTS) -> Workload:
     """Prompts of random tokens, all of the same length."""
     drawn = np.random.default_rng(0).integers(0, vocab_size, (count, prompt_tokens))
     return Workload(f"{prompt_tokens} random tokens", drawn.tolist(), new_tokens)

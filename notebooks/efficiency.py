@@ -34,7 +34,7 @@ from evals import efficiency
 on_accelerator = jax.default_backend() != "cpu"
 LEVELS = "0,20,40,60" if on_accelerator else "0,40"
 TOKENS = "--prompt-tokens 512 --new-tokens 129" if on_accelerator else "--prompt-tokens 64 --new-tokens 33"
-BATCHES = "1,8,32" if on_accelerator else "1"
+BATCHES, PROMPTS = ("1,8", 8) if on_accelerator else ("1", 2)
 OUTPUT = Path("efficiency-output")
 
 # %% [markdown]
@@ -45,7 +45,8 @@ OUTPUT = Path("efficiency-output")
 # worth the neurons is a question to the hardware, not to arithmetic.
 
 # %%
-line = f"--model demo --levels {LEVELS} {TOKENS} --batch-sizes {BATCHES} --repeats 3 --output {OUTPUT} --overwrite"
+work = f"{TOKENS} --batch-sizes {BATCHES} --most-prompts {PROMPTS} --repeats 3"
+line = f"--model demo --levels {LEVELS} {work} --output {OUTPUT} --overwrite"
 assert efficiency.main(shlex.split(line)) == 0
 
 # %% [markdown]

@@ -178,6 +178,12 @@ def test_prompts_of_ones_own(model: Path, tmp_path: Path, capsys: pytest.Capture
     found = report(capsys, "--model", model, "--prompts", tmp_path / "questions.txt", *options)
     (row,) = found["rows"]
     assert row["prompts"] == 2
+    options = (*options, "--most-prompts", 1)
+    status, out, err = run(capsys, "--model", model, "--prompts", tmp_path / "questions.txt", *options)
+    assert status == 0, err
+    assert "first, ms" in out
+    assert "dense" in out
+    assert "energy: not available" in out or "J/token" in out
     assert row["workload"] == str(tmp_path / "questions.txt")
 
 
