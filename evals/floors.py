@@ -13,7 +13,6 @@ All go through the benchmark's own checker. Ties are not broken by position but 
 gets the mean of what they are worth.
 """
 
-import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.model import LM
 
-from evals.outcomes import Outcomes, outcomes_of_items
+from evals.outcomes import Floor, Outcomes, outcomes_of_items
 from evals.run import LoadedBenchmark, evaluate, quiet_lm_eval
 
 _WORDS = """the of and to a in is it you that he was for on are with as his they be at one have this from or had by
@@ -36,19 +35,6 @@ _DRAWS = 100
 _SPREAD = 10.0
 # A choice's log-likelihood that makes another one the best, also after division by lengths.
 _NEVER = -1e6
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """What one contentless responder scores.
-
-    Attributes:
-      responder: says what it does.
-      outcomes: its outcomes on the items.
-    """
-
-    responder: str
-    outcomes: Outcomes
 
 
 def floors(

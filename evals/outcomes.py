@@ -52,6 +52,19 @@ class Outcomes:
             return math.inf
 
 
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What one contentless responder scores.
+
+    Attributes:
+      responder: says what it does.
+      outcomes: its outcomes on the items.
+    """
+
+    responder: str
+    outcomes: Outcomes
+
+
 def outcomes_of_items(items: Iterable[Mapping[str, Any]], metric: str) -> Outcomes:
     """Outcomes of stored items (see `evals.run`) under a metric.
 

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from evals.degeneration import summarise
-from evals.floors import Floor
-from evals.outcomes import PERPLEXITIES, Outcomes, outcomes_of_items
+from evals.outcomes import PERPLEXITIES, Floor, Outcomes, outcomes_of_items
 from evals.results import Result, load_items, load_result
 from evals.study import DENSE, Measured, Point, StudiedBenchmark, Study
 from gluprune_jax.atomic import write_file_atomic
