@@ -28,7 +28,7 @@ from lm_eval.models.utils import postprocess_generated_text
 import convert
 from convert.checkpoint import model_arrays
 from convert.tokenizer import end_of_sequence_ids, load_tokenizer
-from evals.decoding import Decoding, StopStrings, changes_to_greedy, parse_decoding
+from evals.decoding import DEFAULT_NEW_TOKENS, Decoding, StopStrings, changes_to_greedy, parse_decoding
 from evals.engine import Engine, LogLikelihood
 from evals.footprint import evaluation_uses
 from evals.journal import Journal, Response
@@ -259,7 +259,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
     @property
     def max_gen_toks(self) -> int:
         """New tokens of an answer where the task does not say how many."""
-        return 256
+        return DEFAULT_NEW_TOKENS
 
     @property
     def batch_size(self) -> int | str:

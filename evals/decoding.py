@@ -42,6 +42,9 @@ _CHANGES_GREEDY: Mapping[str, Any] = {
     )
 )
 
+# Of an answer, where the task does not say: lm-eval's number.
+DEFAULT_NEW_TOKENS = 256
+
 
 class Decoding(NamedTuple):
     """How a task wants its texts generated.

@@ -1,6 +1,5 @@
 """How degenerate generated text is, whatever a checker of form makes of it."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -44,13 +43,13 @@ def describe_text(
 
 
 def summarise(texts: Iterable[Mapping[str, float | int | None]]) -> dict[str, float]:
-    """Means over answers of what is known of each, the median of "words", and "empty", the share without a word."""
+    """Means over answers of what is known of any, the median of "words", and "empty", the share without a word."""
     found = list(texts)
     words = [float(text["words"] or 0) for text in found]
     summary = {"words": float(np.median(words)), "empty": float(np.mean([count == 0 for count in words]))}
     for key in sorted({key for text in found for key in text} - {"words"}):
-        values = [float(value) for text in found if (value := text.get(key)) is not None]
-        summary[key] = float(np.mean(values)) if values else math.nan
+        if values := [float(value) for text in found if (value := text.get(key)) is not None]:
+            summary[key] = float(np.mean(values))
     return summary
 
 

@@ -31,7 +31,7 @@ from gluprune_jax import devices, generate, make_plan, score, terminal
 from gluprune_jax.atomic import check_file, write_file_atomic
 from gluprune_jax.distributed import failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, read_documents
-from gluprune_jax.errors import RequestError
+from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import STEPS_PER_CALL, Sampling, decode, empty_state, slots_for
 from gluprune_jax.importance import Scores
 from gluprune_jax.memory import Evaluation
@@ -164,10 +164,10 @@ def _efficiency(args: argparse.Namespace) -> None:
             progress=progress,
         )
     with failing_together():
-        workloads = _workloads(args, checkpoint)
-        _check_window(checkpoint, workloads)
+        workloads = _workloads(args, checkpoint, batches)
+        _check_workloads(checkpoint, workloads, max(batches))
         targets = _targets(score(checkpoint.model, args.criterion), levels, aligned=not args.no_aligned)
-    meter = EnergyMeter()
+    meter = EnergyMeter(checkpoint.model.embed_tokens[...].sharding.device_set)
     idle = meter.idle_watts(IDLE_SECONDS)
     rows = []
     total = len(targets) * len(workloads) * len(batches)
@@ -213,7 +213,7 @@ def _check_request(args: argparse.Namespace) -> tuple[list[float], list[int]]:
     if wrong := [level for level in levels if not 0 <= level < 100]:
         raise RequestError(f"--levels has {wrong[0]:g}; percent from 0 and below 100 are accepted")
     batches = _numbers("--batch-sizes", args.batch_sizes)
-    if wrong := [batch for batch in batches if batch < 1 or batch != int(batch)]:
+    if wrong := [batch for batch in batches if not (math.isfinite(batch) and batch >= 1 and batch == int(batch))]:
         raise RequestError(f"--batch-sizes has {wrong[0]:g}; whole numbers from 1 are accepted")
     if args.workload == "paper":
         check_installed()
@@ -227,21 +227,23 @@ def _numbers(flag: str, text: str) -> list[float]:
         raise RequestError(f"{flag} is {text!r}; give numbers, comma-separated") from None
 
 
-def _workloads(args: argparse.Namespace, checkpoint: convert.Checkpoint) -> list[Workload]:
+def _workloads(args: argparse.Namespace, checkpoint: convert.Checkpoint, batches: Sequence[int]) -> list[Workload]:
     if args.prompts is None and args.workload == SYNTHETIC:
-        count = SYNTHETIC_PROMPTS if args.most_prompts is None else min(args.most_prompts, SYNTHETIC_PROMPTS)
+        count = max(min(args.most_prompts or SYNTHETIC_PROMPTS, SYNTHETIC_PROMPTS), *batches)
         return [synthetic(checkpoint.config.vocab_size, args.prompt_tokens, args.new_tokens, count)]
     tokenizer = load_tokenizer(checkpoint)
     if args.prompts is None:
         tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
         return of_paper(tokenize, data_folder(args.data_dir), args.most_prompts)
     documents = read_documents(args.prompts, "--prompts")
-    texts = [line for document in documents if isinstance(document, str) for line in document.splitlines() if line]
+    texts = [document for document in documents if isinstance(document, str)]
+    if not args.prompts.endswith(".jsonl"):  # there each record is one prompt
+        texts = [line for text in texts for line in text.splitlines() if line]
     texts = texts[: args.most_prompts]
     return [from_texts(args.prompts, texts, functools.partial(encode_prompt, tokenizer), args.new_tokens)]
 
 
-def _check_window(checkpoint: convert.Checkpoint, workloads: Sequence[Workload]) -> None:
+def _check_workloads(checkpoint: convert.Checkpoint, workloads: Sequence[Workload], batch: int) -> None:
     window = checkpoint.config.max_position_embeddings
     for workload in workloads:
         longest = max(map(len, workload.prompts)) + workload.new_tokens
@@ -249,6 +251,11 @@ def _check_window(checkpoint: convert.Checkpoint, workloads: Sequence[Workload])
             raise RequestError(
                 f"{workload.name}: a prompt with its answer has {longest:,} tokens, and the model's window {window:,}; "
                 f"give shorter ones"
+            )
+        if len(workload.prompts) < batch:  # a prompt that is given twice is run once
+            raise RequestError(
+                f"{workload.name} has {len(workload.prompts)} prompts, fewer than the {batch} of --batch-sizes; give "
+                f"more, or smaller batches"
             )
 
 
@@ -296,12 +303,17 @@ def measure(
     """
     groups = _groups(workload.prompts, batch)
 
+    def no_memory(_: int) -> None:
+        raise OperationError(
+            f"the devices have no memory for {batch} sequences of {workload.name}; give --batch-sizes less"
+        )
+
     def answer(new_tokens: int) -> float:
         """Seconds to generate so many tokens for every prompt, group by group."""
         start = time.perf_counter()
         for group in groups:
             # No token ends an answer: all models do the same work.
-            generate(model, group, max_new_tokens=new_tokens, slots=batch)
+            generate(model, group, max_new_tokens=new_tokens, slots=batch, on_out_of_memory=no_memory)
         return time.perf_counter() - start
 
     warm_up = answer(1) + answer(workload.new_tokens)
@@ -309,11 +321,12 @@ def measure(
     wholes: list[float] = []
     energy = meter.measure(lambda: wholes.extend(answer(workload.new_tokens) / len(groups) for _ in range(repeats)))
     first, whole = Timing.of(firsts), Timing.of(wholes)
-    rest = [max(w - first.median, 0.0) / (workload.new_tokens - 1) for w in wholes]
+    rest = [(whole - first.median) / (workload.new_tokens - 1) for whole in wholes]
     prompt_tokens = sum(len(prompt) for group in groups for prompt in group) / len(groups)
     context = round(prompt_tokens / batch) + workload.new_tokens // 2
     decoded = batch * (workload.new_tokens - 1)
-    per_token = Timing.of(rest)
+    # Where noise is larger than what the other tokens take, there is no rate.
+    per_token = Timing.of(rest) if min(rest) > 0 else None
     found: dict[str, Any] = {
         "workload": workload.name,
         "batch": batch,
@@ -322,11 +335,11 @@ def measure(
         "new_tokens": workload.new_tokens,
         "warm_up": warm_up,
         "time_to_first_token": dataclasses.asdict(first) if batch == 1 else None,
-        "time_per_output_token": dataclasses.asdict(per_token),
+        "time_per_output_token": None if per_token is None else dataclasses.asdict(per_token),
         "latency": dataclasses.asdict(whole),
         "output_tokens_per_second": batch * workload.new_tokens / whole.median,
         "prefill_tokens_per_second": prompt_tokens / first.median,
-        "decode_tokens_per_second": decoded / max(whole.median - first.median, 1e-9),
+        "decode_tokens_per_second": None if per_token is None else decoded / (whole.median - first.median),
         "memory_bytes": decode_memory(model, batch, max(map(len, workload.prompts)) + workload.new_tokens),
         "flops_per_token": flops_per_token(model.config, context),
         "bytes_per_token": bytes_per_token(model.config, context, batch, model.embed_tokens[...].dtype.itemsize),
@@ -378,7 +391,8 @@ def _print(report: dict[str, Any]) -> None:
         for row in rows:
             cells = [_milliseconds(row["time_to_first_token"])] * (batch == 1)
             cells += [_milliseconds(row["time_per_output_token"]), _milliseconds(row["latency"])]
-            cells += [f"{row['prefill_tokens_per_second']:,.0f}", f"{row['decode_tokens_per_second']:,.1f}"]
+            rate = row["decode_tokens_per_second"]
+            cells += [f"{row['prefill_tokens_per_second']:,.0f}", "" if rate is None else f"{rate:,.1f}"]
             cells.append("" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:,.0f}")
             if has_energy:
                 cells.append(f"{row['energy_per_token']:.3f}")

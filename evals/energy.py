@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -32,29 +32,32 @@ class Energy:
 class EnergyMeter:
     """The counters of this machine.
 
+    Args:
+      devices: those that compute: GPUs beside them would add their idle power.
+
     Attributes:
       sources: what is counted, such as "GPU (NVML)"; empty where nothing is.
       unavailable: why nothing is counted, in a sentence; None where something is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Collection[jax.Device]) -> None:
         self._monitor: Any = None
         self.sources: tuple[str, ...] = ()
         self.unavailable: str | None = None
         platform = jax.default_backend()
-        if platform == "tpu":
+        if jax.process_count() > 1:
+            self.unavailable = "the counters of one machine are not those of several processes"
+        elif platform == "tpu":
             self.unavailable = "TPUs tell no energy"
         elif importlib.util.find_spec("zeus") is None:
             self.unavailable = "Zeus reads the counters, and is not installed: pip install 'gluprune-jax[energy]'"
         else:
-            self._open(platform)
+            self._open([device.local_hardware_id for device in devices if device.platform == "gpu"])
 
-    def _open(self, platform: str) -> None:
+    def _open(self, gpus: list[Any]) -> None:
         from zeus.monitor import ZeusMonitor
 
         logging.getLogger("zeus").setLevel(logging.ERROR)
-        # Every GPU that is not computed on would add its idle power.
-        gpus: list[int] | None = None if platform == "gpu" else []
         with contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
             monitor = ZeusMonitor(gpu_indices=gpus, sync_execution_with="jax")
         names = {"GPU (NVML)": monitor.gpu_indices, "CPU (RAPL)": monitor.cpu_indices}
@@ -73,7 +76,9 @@ class EnergyMeter:
         work()
         found = self._monitor.end_window(_WINDOW, sync_execution=False)
         parts = (found.gpu_energy, found.cpu_energy, found.dram_energy)
-        return Energy(sum(sum(part.values()) for part in parts if part), found.time)
+        joules = sum(sum(part.values()) for part in parts if part)
+        # Counters are refreshed some times a second: a window between two of them reads nothing.
+        return Energy(joules, found.time) if joules > 0 else None
 
     def idle_watts(self, seconds: float) -> float | None:
         """The power of the machine doing nothing, over some seconds."""

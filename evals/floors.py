@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 from lm_eval.api.model import LM
 
+from evals.decoding import DEFAULT_NEW_TOKENS
 from evals.outcomes import Floor, Outcomes, outcomes_of_items
 from evals.run import LoadedBenchmark, evaluate, quiet_lm_eval
+
+Tokenize = Callable[[str], Sequence[int]]
 
 _WORDS = """the of and to a in is it you that he was for on are with as his they be at one have this from or had by
 not but what all were we when your can said there use an each which she do how their if will up other about out many
@@ -42,7 +45,7 @@ def floors(
     metric: str,
     *,
     limit: int | float | None = None,
-    tokenize: Callable[[str], Sequence[int]] | None = None,
+    tokenize: Tokenize | None = None,
     vocab_size: int | None = None,
 ) -> list[Floor]:
     """Every responder that fits a benchmark.
@@ -51,7 +54,7 @@ def floors(
       loaded: from `evals.run.load_benchmarks`.
       metric: lm-eval's key of the metric, such as "acc_norm,none".
       limit: as for `evals.run.evaluate`.
-      tokenize: the tokenizer, for perplexities; without it they have no floor.
+      tokenize: the tokenizer, for perplexities, which have no floor without it, and for the length of texts.
       vocab_size: tokens that are equally likely.
 
     Returns:
@@ -61,17 +64,11 @@ def floors(
     if kinds == {"multiple_choice"}:
         return _of_choices(loaded, metric, limit)
     if kinds == {"generate_until"}:
-        return [_played(loaded, metric, limit, name, _Texts(text)) for name, text in _TEXTS.items()]
+        return [_played(loaded, metric, limit, name, _Texts(text, tokenize)) for name, text in _TEXTS.items()]
     if kinds <= {"loglikelihood", "loglikelihood_rolling"} and tokenize is not None and vocab_size is not None:
         lm = _UniformTokens(tokenize, math.log(vocab_size))
         return [_played(loaded, metric, limit, f"all {vocab_size:,} tokens equally likely", lm)]
     return []
-
-
-def best_floor(found: Iterable[Floor], *, higher_is_better: bool) -> Floor | None:
-    """The responder that comes out best: no model needs to know anything to do as well."""
-    chosen = max if higher_is_better else min
-    return chosen(found, key=lambda floor: floor.outcomes.value, default=None)
 
 
 # ------------------------------------------------------------------------------------------------------- choices
@@ -81,17 +78,19 @@ def _of_choices(loaded: LoadedBenchmark, metric: str, limit: int | float | None)
     name, _, _ = metric.partition(",")
     of_likelihood = any(callable(task.config.process_results) for task in loaded.tasks["tasks"].values())
     by_rule: dict[str, dict[tuple[str, int], float]] = {}
-    labels: set[tuple[str, ...]] = set()
     with quiet_lm_eval():
         for task_name, doc_id, task, doc in _documents(loaded, limit):
             choices = [str(choice) for choice in task.doc_to_choice(doc)]
-            rules = _likelihoods(task, doc, name, choices) if of_likelihood else _credits(task, doc, name, choices)
-            labels.add(tuple(choices))
+            if of_likelihood:
+                rules = _likelihoods(task, doc, name, choices, doc_id)
+            else:
+                rules = _credits(task, doc, name, choices)
             for rule, value in rules.items():
                 by_rule.setdefault(rule, {})[task_name, doc_id] = value
-    if of_likelihood or len(labels) == 1:
-        rules_kept = by_rule
-    else:  # a position that no model can see is no answer
+        everything = (task.doc_to_choice(doc) for _, _, task, doc in _documents(loaded, None))
+        have_labels = not of_likelihood and len({tuple(map(str, choices)) for choices in everything}) == 1
+    rules_kept = by_rule
+    if not have_labels:  # a position that no model can see is no answer
         rules_kept = {rule: values for rule, values in by_rule.items() if not rule.startswith("always ")}
     return [Floor(rule, Outcomes.of(values)) for rule, values in rules_kept.items()]
 
@@ -110,9 +109,9 @@ def _credits(task: Any, doc: Any, metric: str, choices: Sequence[str]) -> dict[s
     }
 
 
-def _likelihoods(task: Any, doc: Any, metric: str, choices: Sequence[str]) -> dict[str, float]:
+def _likelihoods(task: Any, doc: Any, metric: str, choices: Sequence[str], seed: int) -> dict[str, float]:
     """What an item is worth to a rule that gives log-likelihoods, for metrics that depend on more than the best."""
-    draws = np.random.default_rng(len(choices)).normal(scale=_SPREAD, size=(_DRAWS, len(choices)))
+    draws = np.random.default_rng(seed).normal(scale=_SPREAD, size=(_DRAWS, len(choices)))
     return {
         "equal log-likelihoods": _score(task, doc, metric, np.zeros(len(choices))),
         "log-likelihoods by length": _score(task, doc, metric, -np.array([float(len(choice)) for choice in choices])),
@@ -156,11 +155,14 @@ _TEXTS: Mapping[str, Callable[[str, random.Random], str]] = {
 
 
 class _Texts(LM):  # type: ignore[misc]
-    """Writes the same kind of text whatever is asked, ended where the task says that answers end."""
+    """Writes the same kind of text whatever is asked, ended where the task says that answers end.
 
-    def __init__(self, text: Callable[[str, random.Random], str]) -> None:
+    With a tokenizer no text is longer than the task allows.
+    """
+
+    def __init__(self, text: Callable[[str, random.Random], str], tokenize: Tokenize | None) -> None:
         super().__init__()
-        self._text = text
+        self._text, self._tokenize = text, tokenize
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         answers = []
@@ -170,8 +172,13 @@ class _Texts(LM):  # type: ignore[misc]
             stops = settings.get("until") or []
             for stop in [stops] if isinstance(stops, str) else stops:
                 answer = answer.split(stop)[0] if stop else answer
-            answers.append(answer)
+            answers.append(self._cut(answer, settings.get("max_gen_toks") or DEFAULT_NEW_TOKENS))
         return answers
+
+    def _cut(self, answer: str, most: int) -> str:
+        while self._tokenize is not None and (count := len(self._tokenize(answer))) > most:
+            answer = answer[: len(answer) * most // count]
+        return answer
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         raise NotImplementedError("it writes texts")
@@ -183,7 +190,7 @@ class _Texts(LM):  # type: ignore[misc]
 class _UniformTokens(LM):  # type: ignore[misc]
     """Finds every token equally likely."""
 
-    def __init__(self, tokenize: Callable[[str], Sequence[int]], nats: float) -> None:
+    def __init__(self, tokenize: Tokenize, nats: float) -> None:
         super().__init__()
         self._tokenize, self._nats = tokenize, nats
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gluprune_jax.errors import RequestError
+from evals.results import Result
+from gluprune_jax.errors import OperationError, RequestError
 
 # Metrics that are exp of a mean negative log-likelihood. Differences are taken, and tested, on its logarithm.
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
@@ -50,6 +51,23 @@ class Outcomes:
             return math.exp(self.mean)
         except OverflowError:
             return math.inf
+
+
+def check_is_mean(result: Result) -> None:
+    """Makes sure that a result's headline is the mean of its items' outcomes, which is what a study tests.
+
+    Raises:
+      RequestError: it is not.
+      OperationError: an outcome is not a finite number.
+    """
+    outcomes = outcomes_of_items(result.items, result.metric)
+    if not np.isfinite(outcomes.values).all():
+        raise OperationError(f"{result.title}: the outcome of an item is not a finite number ({result.metric})")
+    if not math.isclose(outcomes.value, result.value, rel_tol=1e-6, abs_tol=1e-9):
+        raise RequestError(
+            f"{result.title}: {result.metric} is {result.value:g}, and the mean over its items {outcomes.value:g}: a "
+            f"study cannot test it; give the tasks of the group one by one"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,10 +207,10 @@ def _setting_path(root: Path, setting: Setting) -> Path:
     path = next((folder for folder in _setting_paths(root) if folder.name.endswith(f"-{setting.digest[:8]}")), None)
     if path is None:
         path = root / setting.folder_name
-        _make(root)
+        make_folder(root)
         if not (root / RESULTS_FILE).is_file():
             _write(root / RESULTS_FILE, "results", {})
-        _make(path)
+        make_folder(path)
         _write(path / SETTING_FILE, "setting", dataclasses.asdict(setting) | {"digest": setting.digest})
     elif (stored := _load_setting(path / SETTING_FILE)).digest != setting.digest:
         differ = sorted(key for key, value in setting.decides.items() if stored.decides.get(key) != value)
@@ -327,7 +327,12 @@ def _json(value: Any, indent: int | None) -> bytes:
     return json.dumps(value, indent=indent, allow_nan=True).encode() + b"\n"
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder where there is none.
+
+    Raises:
+      OperationError: the disk refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -198,8 +198,7 @@ def _evaluate(
         higher = outcome["higher_is_better"].get(benchmark.name, {}).get(headline.partition(",")[0]) is not False
     instances = [instance for task in tasks.values() for instance in task.instances]
     keys = [request_key(instance.request_type, instance.args) for instance in instances]
-    count_tokens = getattr(lm, "tok_encode", None)
-    items = [item for task in tasks for item in _items(task, outcome["samples"][task], count_tokens)]
+    items = [item for task in tasks for item in _items(task, outcome["samples"][task], lm)]
     data = _data_digest(outcome, with_prompts=not apply_chat_template)
     return Result(
         benchmark=benchmark.name,
@@ -310,9 +309,7 @@ def _data_digest(outcome: Mapping[str, Any], *, with_prompts: bool) -> str:
     return digest.hexdigest()
 
 
-def _items(
-    task: str, samples: Sequence[Mapping[str, Any]], tokenize: Callable[[str], Sequence[int]] | None
-) -> list[dict[str, Any]]:
+def _items(task: str, samples: Sequence[Mapping[str, Any]], lm: Any) -> list[dict[str, Any]]:
     """lm-eval's samples, one for each item and filter, as one outcome for each item, without the data's text."""
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
@@ -330,9 +327,11 @@ def _items(
         item["metrics"] |= {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}
         if isinstance(sample["resps"][0][0], str):
             item.setdefault("filtered", {})[sample["filter"]] = _plain(sample["filtered_resps"])
-            prompt, decoding = sample["arguments"][0]
-            most = decoding.get("max_gen_toks")
-            item["text"] = describe_text(prompt, sample["resps"][0][0], tokenize, most)
+            if "text" not in item:
+                prompt, decoding = sample["arguments"][0]
+                most = decoding.get("max_gen_toks") or getattr(lm, "max_gen_toks", None)
+                tokenize = getattr(lm, "tok_encode", None)
+                item["text"] = describe_text(prompt, sample["resps"][0][0], tokenize, most)
     return list(items.values())
 
 

@@ -70,7 +70,7 @@ def compare_paired(
         raise ValueError(f"outcomes of {a.size} and of {b.size} items cannot be paired")
     difference = b - a
     low, high = bootstrap_interval(difference, w, confidence=confidence)
-    p_value, test = _p_value(a, b)
+    p_value, test = p_value_paired(a, b)
     total = float(a.size if w is None else w.sum())
     return Comparison(float(difference.sum()) / total, low, high, p_value, test, a.size)
 
@@ -170,7 +170,7 @@ def trend(levels: ArrayLike, outcomes: ArrayLike, weights: ArrayLike | None = No
         raise ValueError(f"a trend needs outcomes at two different levels or more; got {x.tolist()}")
     slopes = centred @ (y - y[0]) / spread  # what never changes has a slope of zero, and not of rounding
     found = compare_paired(np.zeros_like(slopes), slopes, weights)
-    return dataclasses.replace(found, test="t of the slopes of items")
+    return dataclasses.replace(found, test=f"{found.test}, of the slopes of items")
 
 
 def trend_published(levels: ArrayLike, values: ArrayLike, stderrs: ArrayLike, items: int) -> Comparison:
@@ -214,7 +214,9 @@ def correlate(first: Sequence[float], second: Sequence[float]) -> Correlation | 
     )
 
 
-def _p_value(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, str]:
+def p_value_paired(first: ArrayLike, second: ArrayLike) -> tuple[float, str]:
+    """The p-value of no difference between outcomes on the same items, two-sided, and the name of the test."""
+    a, b = _vector(first), _vector(second)
     if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
         gained, lost = int((b > a).sum()), int((a > b).sum())
         if gained + lost == 0:

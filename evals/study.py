@@ -19,6 +19,7 @@ from evals.significance import (
     compare_published,
     correlate,
     holm,
+    p_value_paired,
     trend,
     trend_published,
 )
@@ -28,6 +29,8 @@ DENSE = "dense"
 
 # The paper's pair: factual knowledge, and the choice of true statements.
 KNOWLEDGE, TRUTHFULNESS = "mmlu", "truthfulqa_mc2"
+
+GROUPS = ("fragile", "no difference found", "improving", "at the floor", "below the floor")
 
 Relation = Literal["above", "at", "below"]
 Change = Literal["worse", "same", "better"]
@@ -47,6 +50,11 @@ class Point(NamedTuple):
     level: str
     removed: float
     expansion_ratio: float
+
+
+def name_point(point: Point) -> str:
+    """A model in one string: "dense", "ppm, 20 %"."""
+    return point.method if point.method == point.level else f"{point.method}, {point.level}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +168,11 @@ class Row:
       from_dense: the difference from the dense model; None for itself, or where nothing can be tested.
       p_from_dense: corrected for all comparisons of the method with the dense model.
       from_floor: the difference from the best responder that knows nothing; None where there is none.
-      p_from_floor: corrected for the benchmarks of the model.
-      from_lowest: the difference from the worst one.
-      p_from_lowest: corrected likewise.
-      relation: "above" the floor if significantly better than the best responder, "below" if significantly worse than
-        the worst, else "at" it.
+      p_above: of being no better than some responder: the largest p-value of being better over all of them, corrected
+        for the benchmarks of the model. That the best of them was found on the same items needs no further correction.
+      p_below: of being no worse than some responder, likewise.
+      relation: "above" the floor if significantly better than every responder, "below" if significantly worse than
+        every one, else "at" it.
       change: from the dense model.
       verdict: both in words.
     """
@@ -175,9 +183,8 @@ class Row:
     from_dense: Comparison | None
     p_from_dense: float | None
     from_floor: Comparison | None
-    p_from_floor: float | None
-    from_lowest: Comparison | None
-    p_from_lowest: float | None
+    p_above: float | None
+    p_below: float | None
     relation: Relation | None
     change: Change | None
     verdict: str
@@ -190,7 +197,7 @@ class Analysis:
     Attributes:
       rows: by benchmark and model, in the study's order.
       trends: by method and benchmark: the change of the score for all neurons removed, by a straight line.
-      groups: by method, the benchmarks in "fragile", "robust", "improving" and "uninformative" (see `grouped`).
+      groups: by method, the benchmarks in each of `GROUPS` (see `grouped`).
       correlations: by method, of knowledge with truthfulness over levels.
     """
 
@@ -210,21 +217,21 @@ def analyse(study: Study) -> Analysis:
     rows = [row for row in plain if row is not None]
     from_dense: dict[int, float] = {}
     for method in study.methods:
-        from_dense |= _corrected({i: row.from_dense for i, row in enumerate(rows) if row.point.method == method})
-    from_floor: dict[int, float] = {}
-    from_lowest: dict[int, float] = {}
+        compared = {i: row.from_dense for i, row in enumerate(rows) if row.point.method == method}
+        from_dense |= _corrected({i: found.p_value for i, found in compared.items() if found is not None})
+    above: dict[int, float] = {}
+    below: dict[int, float] = {}
     for point in study.points:
-        from_floor |= _corrected({i: row.from_floor for i, row in enumerate(rows) if row.point == point})
-        from_lowest |= _corrected({i: row.from_lowest for i, row in enumerate(rows) if row.point == point})
+        ours = [i for i, row in enumerate(rows) if row.point == point]
+        above |= _corrected({i: rows[i].p_above for i in ours})
+        below |= _corrected({i: rows[i].p_below for i in ours})
     by_name = {benchmark.name: benchmark for benchmark in study.benchmarks}
     relations: dict[str, Relation | None] = {}
     judged = []
     for i, row in enumerate(rows):
         benchmark = by_name[row.benchmark]
-        row = dataclasses.replace(
-            row, p_from_dense=from_dense.get(i), p_from_floor=from_floor.get(i), p_from_lowest=from_lowest.get(i)
-        )
-        relation = _relation(benchmark, row)
+        row = dataclasses.replace(row, p_from_dense=from_dense.get(i), p_above=above.get(i), p_below=below.get(i))
+        relation = _relation(row)
         if row.point == study.dense:
             relations[row.benchmark] = relation
         change = _change(benchmark, row)
@@ -260,27 +267,30 @@ def retention(study: Study, analysis: Analysis, point: Point) -> float | None:
 def grouped(study: Study, rows: Iterable[Row], method: str) -> dict[str, list[str]]:
     """Which benchmarks were fragile and which robust under a method, as the data says.
 
-    A benchmark is "uninformative" if the dense model is not above its floor: nothing can be lost there. Otherwise it is
-    "fragile" if some level is significantly worse than the dense model, "improving" if none is and some level is
-    significantly better while above the floor, and "robust" if no level differs. Where nothing can be tested, for want
-    of standard errors, it is in no group.
+    Where the dense model is significantly worse than every responder that knows nothing, a benchmark is "below the
+    floor"; where it cannot be told from them with so many items, it is "at the floor". Otherwise it is "fragile" if
+    some level is significantly worse than the dense model, "improving" if none is and some level is significantly
+    better while above the floor, and "no difference found" if no level differs. Where nothing can be tested, for want
+    of floors or standard errors, it is in no group.
     """
-    groups: dict[str, list[str]] = {"fragile": [], "robust": [], "improving": [], "uninformative": []}
+    groups: dict[str, list[str]] = {name: [] for name in GROUPS}
     rows = list(rows)
     for benchmark in study.benchmarks:
         ours = [row for row in rows if row.benchmark == benchmark.name]
         dense = next((row for row in ours if row.point == study.dense), None)
         pruned = [row for row in ours if row.point.method == method]
-        if dense is not None and dense.relation in ("at", "below"):
-            groups["uninformative"].append(benchmark.name)
-        elif not pruned or all(row.change is None for row in pruned):
-            continue
-        elif any(row.change == "worse" for row in pruned):
+        changes = {row.change for row in pruned} - {None}
+        if dense is None or dense.relation is None:
+            if "worse" in changes:  # that needs no floor
+                groups["fragile"].append(benchmark.name)
+        elif dense.relation != "above":
+            groups[f"{dense.relation} the floor"].append(benchmark.name)
+        elif "worse" in changes:
             groups["fragile"].append(benchmark.name)
-        elif any(row.change == "better" and row.relation in ("above", None) for row in pruned):
+        elif any(row.change == "better" and row.relation == "above" for row in pruned):
             groups["improving"].append(benchmark.name)
-        else:
-            groups["robust"].append(benchmark.name)
+        elif changes == {"same"}:
+            groups["no difference found"].append(benchmark.name)
     return groups
 
 
@@ -292,15 +302,28 @@ def _compared(study: Study, benchmark: StudiedBenchmark, point: Point) -> Row | 
     from_dense = None if dense is None or point == study.dense else compare(dense, measured)
     floor = benchmark.floor
     from_floor = None if floor is None else compare(floor[1], measured)
-    lowest = benchmark.lowest_floor
-    from_lowest = None if lowest is None else compare(lowest[1], measured)
-    return Row(benchmark.name, point, measured, from_dense, None, from_floor, None, from_lowest, None, None, None, "")
+    p_above, p_below = _one_sided(benchmark, measured)
+    return Row(benchmark.name, point, measured, from_dense, None, from_floor, p_above, p_below, None, None, "")
 
 
-def _corrected(tested: Mapping[int, Comparison | None]) -> dict[int, float]:
-    """Corrected p-values of the comparisons that there are."""
-    p_values = {i: found.p_value for i, found in tested.items() if found is not None}
-    return dict(zip(p_values, holm(list(p_values.values())).tolist(), strict=True))
+def _one_sided(benchmark: StudiedBenchmark, measured: Measured) -> tuple[float | None, float | None]:
+    """The largest p-values of being better, and of being worse, than each responder that knows nothing."""
+    better, worse = [], []
+    for floor in benchmark.floors.values():
+        tested = _test(floor, measured)
+        if tested is None:
+            return None, None
+        difference, p_value = tested
+        is_better = _is_better(benchmark, difference)
+        better.append(p_value if is_better and difference else 1.0)
+        worse.append(p_value if not is_better and difference else 1.0)
+    return (max(better), max(worse)) if better else (None, None)
+
+
+def _corrected(p_values: Mapping[int, float | None]) -> dict[int, float]:
+    """Corrected p-values of the tests that there are."""
+    known = {i: p_value for i, p_value in p_values.items() if p_value is not None}
+    return dict(zip(known, holm(list(known.values())).tolist(), strict=True))
 
 
 def compare(first: Measured, second: Measured) -> Comparison | None:
@@ -311,23 +334,32 @@ def compare(first: Measured, second: Measured) -> Comparison | None:
     """
     a, b = first.outcomes, second.outcomes
     if a is not None and b is not None:
-        if a.keys != b.keys:
-            raise ValueError("the outcomes are not of the same items")
+        _check_items(a, b)
         return compare_paired(a.values, b.values, a.weights)
     if first.stderr is None or second.stderr is None:
         return None
     return compare_published(first.value, first.stderr, second.value, second.stderr, second.items)
 
 
-def _relation(benchmark: StudiedBenchmark, row: Row) -> Relation | None:
-    best, worst = row.from_floor, row.from_lowest
-    if best is None or worst is None or row.p_from_floor is None or row.p_from_lowest is None:
+def _test(first: Measured, second: Measured) -> tuple[float, float] | None:
+    """The difference and its p-value, as `compare` has them, without the interval."""
+    a, b = first.outcomes, second.outcomes
+    if a is not None and b is not None:
+        _check_items(a, b)
+        return b.mean - a.mean, p_value_paired(a.values, b.values)[0]
+    found = compare(first, second)
+    return None if found is None else (found.difference, found.p_value)
+
+
+def _check_items(a: Outcomes, b: Outcomes) -> None:
+    if a.keys != b.keys:
+        raise ValueError("the outcomes are not of the same items")
+
+
+def _relation(row: Row) -> Relation | None:
+    if row.p_above is None or row.p_below is None:
         return None
-    if row.p_from_floor <= ALPHA and _is_better(benchmark, best.difference):
-        return "above"
-    if row.p_from_lowest <= ALPHA and not _is_better(benchmark, worst.difference):
-        return "below"
-    return "at"
+    return "above" if row.p_above <= ALPHA else "below" if row.p_below <= ALPHA else "at"
 
 
 def _change(benchmark: StudiedBenchmark, row: Row) -> Change | None:

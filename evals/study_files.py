@@ -10,7 +10,7 @@ The report stands beside them (see `evals.report`), and is made from them alone.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 from evals.degeneration import summarise
 from evals.outcomes import PERPLEXITIES, Floor, Outcomes, outcomes_of_items
 from evals.results import Result, load_items, load_result
-from evals.study import DENSE, Measured, Point, StudiedBenchmark, Study
+from evals.setting import json_digest
+from evals.study import DENSE, Measured, Point, StudiedBenchmark, Study, name_point
 from gluprune_jax.atomic import write_file_atomic
 from gluprune_jax.errors import OperationError, RequestError
 
@@ -45,8 +46,13 @@ def is_sweep_row(number: int, row: Any) -> bool:
     return bool((row["method"] == DENSE) == (number == 0))
 
 
+def floors_of(document: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """What floors are of: the study as its file says, without its rows, and the data of each benchmark."""
+    return json_digest([{name: value for name, value in document.items() if name != "rows"}, dict(data)])
+
+
 def save_floors(path: Path, floors: Mapping[str, tuple[str, Sequence[Floor]]], of: str) -> None:
-    """Writes the floors of benchmarks, each with lm-eval's key of its metric, and what they are `of`.
+    """Writes the floors of benchmarks, each with lm-eval's key of its metric, and what they are `of` (`floors_of`).
 
     Raises:
       OperationError: the disk refuses.
@@ -112,9 +118,10 @@ def load_study(folder: Path) -> Study:
     rows = document.get("rows")
     if not isinstance(rows, list) or not all(is_sweep_row(number, row) for number, row in enumerate(rows)):
         raise _damaged(folder / SWEEP_FILE, "a row is none")
+    if not isinstance(document.get("model"), str):
+        raise _damaged(folder / SWEEP_FILE, "it names no model")
     if not rows:
         raise RequestError(f"{folder / SWEEP_FILE}: no model is finished yet; run the sweep on")
-    floors = load_floors(folder / FLOORS_FILE) if (folder / FLOORS_FILE).is_file() else {}
     points = [Point(row["method"], row["level"], row["removed"], row["expansion_ratio"]) for row in rows]
     results: dict[str, dict[Point, tuple[Result, Measured]]] = {}
     for point, row in zip(points, rows, strict=True):
@@ -125,6 +132,10 @@ def load_study(folder: Path) -> Study:
             texts = [item["text"] for item in items if "text" in item]
             measured = Measured.of(outcomes_of_items(items, result.metric), summarise(texts) if texts else None)
             results.setdefault(name, {})[point] = result, measured
+    data = {name: _same_data(folder, name, found.values()) for name, found in results.items()}
+    # Others, of an older study in this folder, are none of this one.
+    path = folder / FLOORS_FILE
+    floors = load_floors(path) if has_floors(path, floors_of(document, data)) else {}
     benchmarks = []
     for name, found in results.items():
         result = next(iter(found.values()))[0]
@@ -141,10 +152,31 @@ def load_study(folder: Path) -> Study:
         )
     about = {key: value for key, value in document.items() if key not in ("rows", "format", "version")}
     about["shots"] = {name: next(iter(found.values()))[0].shots for name, found in results.items()}
-    kept = {f"{row['method']}, {row['level']}": row["kept"] for row in rows}
-    speed = folder / EFFICIENCY_FILE
-    efficiency = _load(speed, EFFICIENCY_FORMAT) if speed.is_file() else None
-    return Study(str(document["model"]), points, benchmarks, about, kept, efficiency)
+    kept = {name_point(point): row["kept"] for point, row in zip(points, rows, strict=True)}
+    return Study(document["model"], points, benchmarks, about, kept, _efficiency(folder, document["model"]))
+
+
+def _same_data(folder: Path, name: str, found: Iterable[tuple[Result, Measured]]) -> str:
+    """The digest of a benchmark's data, which must be the same for all models: they are compared item by item."""
+    digests = {result.data for result, _ in found}
+    if len(digests) > 1:
+        raise RequestError(
+            f"{folder}: the models of this study answered different versions of {name}: its data, its few-shot "
+            f"examples or its task changed between runs; move the folder away, and begin anew"
+        )
+    return digests.pop()
+
+
+def _efficiency(folder: Path, model: str) -> dict[str, Any] | None:
+    path = folder / EFFICIENCY_FILE
+    if not path.is_file():
+        return None
+    report = _load(path, EFFICIENCY_FORMAT)
+    if not isinstance(report.get("rows"), list) or not {"definitions", "energy", "devices", "dtype"} <= report.keys():
+        raise _damaged(path, "it is not as evals.efficiency writes it")
+    if report.get("model") != model:
+        raise RequestError(f"{path} is of another model, {report.get('model')!r}; measure {model!r}, or move it away")
+    return report
 
 
 def _load(path: Path, kind: str) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from evals.__main__ import (
     use_compilation_cache,
 )
 from evals.footprint import evaluation_uses
-from evals.results import open_setting
-from evals.setting import describe_setting, json_digest
+from evals.results import check_output, open_setting
+from evals.setting import describe_setting
 from evals.study import DENSE
 from evals.study_files import (
     FLOORS_FILE,
@@ -35,6 +35,7 @@ from evals.study_files import (
     SWEEP_FILE,
     SWEEP_FORMAT,
     VERSION,
+    floors_of,
     has_floors,
     is_sweep_row,
     save_floors,
@@ -43,13 +44,13 @@ from evals.suites import SUITES, Benchmark, choose_benchmarks, find_suite
 from gluprune_jax import devices, method_options, terminal
 from gluprune_jax.activation_statistics import describe_windows
 from gluprune_jax.allocation import FLOOR
-from gluprune_jax.atomic import refuse_address
+from gluprune_jax.atomic import check_file
 from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.documents import read_documents
 from gluprune_jax.errors import RequestError
 from gluprune_jax.importance import fingerprint
 from gluprune_jax.methods import Chooser, Method, Pruned
-from gluprune_jax.plan import spell_target, target_width
+from gluprune_jax.plan import check_targets, spell_target, target_width
 from gluprune_jax.rows import Rows
 from gluprune_jax.trainable import checksum
 
@@ -162,7 +163,9 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
 
     wanted, targets = _check_request(args)
     with failing_together():
-        refuse_address(args.output)
+        if is_main():
+            check_output(args.output / RESULTS_FOLDER)
+            check_file(args.output / SWEEP_FILE, overwrite=True)
         benchmarks, manager = choose_benchmarks(args.suite, args.tasks, args.include_path)
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(
@@ -183,6 +186,7 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
         _note(text)
     with failing_together():
         targets = _smaller(checkpoint, targets)
+        check_targets(checkpoint.config, targets)
         windows = method_options.calibration_windows(checkpoint, documents, args) if documents else None
     rows = Rows.open(
         args.output / SWEEP_FILE,
@@ -197,9 +201,11 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
     for key, pruned in _models(wanted, targets, chooser, rows):
         _note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
         rows.add({**key, **_describe(checkpoint, pruned), **measure(pruned)})
+        _write_floors(
+            args, checkpoint, loaded, rows
+        )  # of the first model's items, so that a report can be made at once
     with failing_together():
         if is_main():
-            _write_floors(args, checkpoint, loaded, rows)
             study = load_study(args.output)
             write_report(study, args.output)
             print_study(study, as_json=args.json)
@@ -246,6 +252,8 @@ def _targets(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise RequestError(
                 f"{flag} has {text.strip()!r}; give numbers, comma-separated, such as {LEVELS}"
             ) from None
+        if not math.isfinite(number) or number < 0:
+            raise RequestError(f"{flag} has {text.strip()}; numbers from 0 are accepted")
         value = number if kind == "prune_percent" else text.strip()
         target: dict[str, Any] = {kind: value, "multiple_of": args.multiple_of}
         if number == 0 and kind == "prune_percent":
@@ -353,6 +361,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Evaluates one model on all benchmarks, from where an interrupted run left it."""
     from evals.backend import GlupruneLM
+    from evals.outcomes import check_is_mean
     from evals.run import evaluate
 
     plan = None if pruned is None else pruned.plan
@@ -388,6 +397,7 @@ def _measure(
                 journal=folder.journal,
                 about={"command": command, "revision": args.revision, "data": args.data_dir},
             )
+            check_is_mean(result)
             stored = folder.save(result)
             stems[stored.benchmark] = stored.file_stem
             _note(f"{stored.title}: {stored.metric} {stored.value:.4f} ({stored.num_items:,} items)")
@@ -396,21 +406,30 @@ def _measure(
 
 def _write_floors(args: argparse.Namespace, checkpoint: convert.Checkpoint, loaded: Sequence[Any], rows: Rows) -> None:
     """Computes what responders that know nothing score, unless that was done before."""
+    with failing_together():
+        if is_main():
+            _compute_floors(args, checkpoint, loaded, rows)
+
+
+def _compute_floors(
+    args: argparse.Namespace, checkpoint: convert.Checkpoint, loaded: Sequence[Any], rows: Rows
+) -> None:
     from evals.floors import floors
     from evals.results import load_result
 
     path = args.output / FLOORS_FILE
-    of = json_digest({name: value for name, value in rows.document.items() if name != "rows"})
+    dense = rows.document["rows"][0]
+    folder = args.output / RESULTS_FOLDER / dense["setting"]
+    results = {name: load_result(folder / f"{stem}.json") for name, stem in dense["results"].items()}
+    of = floors_of(rows.document, {name: result.data for name, result in results.items()})
     if has_floors(path, of):
         return
     tokenizer, vocab_size = load_tokenizer(checkpoint), checkpoint.config.vocab_size
-    dense = rows.document["rows"][0]
-    folder = args.output / RESULTS_FOLDER / dense["setting"]
     found = {}
     with terminal.count_progress("floors", len(loaded), "benchmarks") as progress:
         for number, benchmark in enumerate(loaded, start=1):
             name = benchmark.benchmark.name
-            metric = load_result(folder / f"{dense['results'][name]}.json").metric
+            metric = results[name].metric
             tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
             limit = _limit(args, benchmark)
             responders = floors(benchmark, metric, limit=limit, tokenize=tokenize, vocab_size=vocab_size)

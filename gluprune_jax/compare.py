@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -35,11 +34,10 @@ from gluprune_jax.criteria import find_criterion, inputs_of
 from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
 from gluprune_jax.errors import RequestError
-from gluprune_jax.importance import Scores, fingerprint
+from gluprune_jax.importance import fingerprint
 from gluprune_jax.memory import Evaluation
 from gluprune_jax.methods import Method, Pruned
-from gluprune_jax.model import Llama
-from gluprune_jax.plan import TARGETS, make_plan, spell_target, target_width
+from gluprune_jax.plan import TARGETS, check_targets, spell_target, target_width
 from gluprune_jax.rows import Rows
 from gluprune_jax.trainable import checksum
 
@@ -132,7 +130,7 @@ def _compare(args: argparse.Namespace) -> None:
         targets = [{**targets[0], "layers": (i,)} for i in range(checkpoint.config.num_hidden_layers)]
     with failing_together():
         windows = method_options.calibration_windows(checkpoint, documents, args) if documents else None
-        _check_targets(checkpoint.model, targets)
+        check_targets(checkpoint.config, targets)
     meter = _Meter(args, checkpoint, texts, tasks)
     chooser = methods.Chooser(
         checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
@@ -220,14 +218,6 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         file = check_file(folder / name, overwrite=True)
         if file.exists() and not (overwrite or (folder / RESULTS_FILE).exists()):
             raise RequestError(f"{file} is there, and no {RESULTS_FILE} that it could be of; choose another --output")
-
-
-def _check_targets(model: Llama, targets: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses sizes that the model cannot be pruned to, before anything is measured."""
-    config = model.config
-    blank = tuple(np.zeros(size, np.float32) for size in config.intermediate_sizes)
-    for target in targets:
-        make_plan(Scores("", blank, config.hidden_size, "", ""), **target)
 
 
 def _use(args: argparse.Namespace) -> Evaluation:

@@ -408,6 +408,17 @@ def target_width(
     return width
 
 
+def check_targets(config: ModelConfig, targets: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses targets that a model cannot be pruned to, before anything is scored.
+
+    Raises:
+      RequestError: as `make_plan`.
+    """
+    blank = tuple(np.zeros(size, np.float32) for size in config.intermediate_sizes)
+    for target in targets:
+        make_plan(Scores("", blank, config.hidden_size, "", ""), **target)
+
+
 def spell_target(target: Mapping[str, Any]) -> str:
     """A target as tables show it: "20 %", "2.4x", "4096", "20 % of layer 3"."""
     (kind,) = (name for name in TARGETS if name in target)

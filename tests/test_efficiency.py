@@ -20,7 +20,7 @@ from evals.costs import bytes_per_token, flops_per_token
 from evals.efficiency import DEFINITIONS, decode_memory, main, measure
 from evals.energy import Energy, EnergyMeter
 from evals.workloads import PAPER, Workload, from_texts, synthetic
-from gluprune_jax.errors import RequestError
+from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import STEPS_PER_CALL
 
 run, report = partial(commands.run, main), partial(commands.report, main)
@@ -77,7 +77,7 @@ def test_all_answers_have_the_length_that_was_asked_for(model: Path, monkeypatch
     loaded = convert.load(str(model)).model
     asked: list[tuple[int, int]] = []
 
-    def counted(model: Any, prompts: Any, *, max_new_tokens: int, slots: int) -> list[list[int]]:
+    def counted(model: Any, prompts: Any, *, max_new_tokens: int, slots: int, **_: Any) -> list[list[int]]:
         answers = generate(model, prompts, max_new_tokens=max_new_tokens, slots=slots)
         asked.append((len(prompts), slots))
         assert [len(answer) for answer in answers] == [max_new_tokens] * len(prompts)
@@ -85,12 +85,40 @@ def test_all_answers_have_the_length_that_was_asked_for(model: Path, monkeypatch
 
     generate = efficiency.generate
     monkeypatch.setattr(efficiency, "generate", counted)
+    seconds = iter([0.0, 1.0, 1.0, 2.0, 10.0, 11.0, 20.0, 24.0])  # warm-up twice, then 1 s to the first, 4 s in all
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
     workload = Workload("two lengths", [[1, 2, 3], [4, 5], [6]], 5)
-    found = measure(loaded, workload, 2, 1, EnergyMeter(), None)
+    found = measure(loaded, workload, 2, 1, EnergyMeter(jax.devices()), None)
     assert set(asked) == {(2, 2)}  # the last group is filled up from the first prompt
     assert len(asked) == 2 * (2 + 2)  # two groups: warm-up and one repeat, of one token and of all
     assert found["mean_prompt_tokens"] == pytest.approx((3 + 2 + 1 + 3) / 4)
     assert found["time_to_first_token"] is None  # of one prompt alone
+    # Of each of the two groups: half a second to the first tokens, two for all five of both prompts.
+    assert found["latency"]["median"] == pytest.approx(2.0)
+    assert found["time_per_output_token"]["median"] == pytest.approx(1.5 / 4)
+    assert found["output_tokens_per_second"] == pytest.approx(2 * 5 / 2.0)
+    assert found["decode_tokens_per_second"] == pytest.approx(2 * 4 / 1.5)
+    assert found["prefill_tokens_per_second"] == pytest.approx(4.5 / 0.5)
+
+
+def test_noise_is_no_rate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = convert.load(str(model)).model
+    monkeypatch.setattr(efficiency, "generate", lambda *_, **__: [])
+    seconds = iter([0.0, 1.0, 1.0, 2.0, 10.0, 12.0, 20.0, 21.0])  # all tokens sooner than the first
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    found = measure(loaded, Workload("one", [[1, 2]], 2), 1, 1, EnergyMeter(jax.devices()), None)
+    assert found["time_per_output_token"] is None
+    assert found["decode_tokens_per_second"] is None
+
+
+def test_smaller_batches_are_not_passed_off_as_larger_ones(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(*_: Any, on_out_of_memory: Any, **__: Any) -> list[Any]:
+        on_out_of_memory(1)
+        return []
+
+    monkeypatch.setattr(efficiency, "generate", short_of_memory)
+    with pytest.raises(OperationError, match="no memory for 2 sequences"):
+        measure(convert.load(str(model)).model, Workload("w", [[1]] * 2, 2), 2, 1, EnergyMeter(jax.devices()), None)
 
 
 def test_flops_and_bytes_are_those_of_the_compiled_program(model: Path) -> None:
@@ -140,7 +168,7 @@ def test_energy_is_what_the_counters_say(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "zeus", zeus)
     monkeypatch.setitem(sys.modules, "zeus.monitor", monitor)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    meter = EnergyMeter()
+    meter = EnergyMeter(jax.devices())
     assert meter.sources == ("CPU (RAPL)",)
     assert meter.unavailable is None
     assert meter.measure(lambda: None) == Energy(6.0, 2.0)
@@ -153,13 +181,13 @@ def test_energy_is_what_the_counters_say(model: Path, monkeypatch: pytest.Monkey
 
 def test_energy_that_nothing_counts_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    meter = EnergyMeter()
+    meter = EnergyMeter(jax.devices())
     assert meter.sources == ()
     assert "pip install 'gluprune-jax[energy]'" in (meter.unavailable or "")
     assert meter.measure(lambda: None) is None
     assert meter.idle_watts(0.0) is None
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert EnergyMeter().unavailable == "TPUs tell no energy"
+    assert EnergyMeter(jax.devices()).unavailable == "TPUs tell no energy"
 
 
 def test_workloads() -> None:
@@ -192,6 +220,7 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--levels", "0,100"], "--levels has 100"),
         (["--levels", "x"], "--levels is 'x'"),
         (["--batch-sizes", "1.5"], "--batch-sizes has 1.5"),
+        (["--batch-sizes", "inf"], "--batch-sizes has inf"),
         (["--new-tokens", 1], "--new-tokens is 1"),
         (["--repeats", 0], "--repeats is 0"),
         (["--prompt-tokens", 600], "the model's window 512"),

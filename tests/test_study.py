@@ -1,18 +1,21 @@
 """What a study says of outcomes made to order, and what it finds in the published values."""
 
+import dataclasses
 import functools
 import itertools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_studies import POINTS, study
 
 from evals.floors import floors
+from evals.outcomes import Outcomes
 from evals.paper import paper_study, published
 from evals.report.words import summary
 from evals.run import load_benchmarks
-from evals.study import Analysis, Measured, analyse, compare, retention
+from evals.study import Analysis, Measured, StudiedBenchmark, Study, analyse, compare, retention
 from evals.suites import find_benchmark, task_manager
 from gluprune_jax.errors import RequestError
 
@@ -48,9 +51,10 @@ def test_benchmarks_are_grouped_by_what_became_of_them() -> None:
     assert analysed().groups == {
         "ppm": {
             "fragile": ["mmlu", "ifeval", "wikitext"],
-            "robust": ["steady"],
+            "no difference found": ["steady"],
             "improving": ["rising"],
-            "uninformative": ["guessed", "truthfulqa_mc2"],
+            "at the floor": ["guessed"],
+            "below the floor": ["truthfulqa_mc2"],
         }
     }
 
@@ -157,7 +161,7 @@ def test_gains_of_base_models_on_ifeval_stay_inside_what_contentless_text_gets(
         assert all(1.2 < z < 3.8 for z in zs), zs
         assert all(row.measured.value < best[1].value for row in rows)
         assert {row.relation for row in rows} == {"at"}
-        assert "ifeval" in analyse(made).groups["ppm"]["uninformative"]
+        assert "ifeval" in analyse(made).groups["ppm"]["at the floor"]
 
 
 def test_the_instruct_model_falls_to_the_floor_on_ifeval(
@@ -183,3 +187,33 @@ def test_the_correlation_of_3b_is_of_two_scores_that_approach_chance(
         "IFEval is significantly better than dense at 40 % and 50 % (0.1645 and 0.1627), but not above its floor"
         in sentences
     )
+
+
+def test_above_is_above_every_responder_that_knows_nothing() -> None:
+    """The best of several on the same items may owe it to them; the second may be as hard to tell from the model."""
+    points = POINTS[:1]
+    keys = tuple(("task", i) for i in range(40))
+    model = np.zeros(40)
+    model[:20] = 1
+    lucky, other = np.zeros(40), np.zeros(40)
+    lucky[:11], other[30:40] = 1, 1  # 11 right with the model, 10 where it is wrong
+    floors = {name: Measured.of(Outcomes(keys, one)) for name, one in (("lucky", lucky), ("other", other))}
+    benchmark = StudiedBenchmark(
+        "b", "B", "acc,none", True, False, {points[0]: Measured.of(Outcomes(keys, model))}, floors
+    )
+    (row,) = analyse(Study("m", points, [benchmark])).rows
+    assert row.from_floor is not None
+    assert row.from_floor.p_value < 0.05
+    assert row.p_above is not None
+    assert row.p_above > 0.05
+    assert row.relation == "at"
+
+
+def test_without_floors_nothing_is_above_them() -> None:
+    made = study()
+    bare = dataclasses.replace(made, benchmarks=[dataclasses.replace(one, floors={}) for one in made.benchmarks])
+    found = analyse(bare)
+    assert {row.relation for row in found.rows} == {None}
+    assert found.groups["ppm"]["improving"] == found.groups["ppm"]["no difference found"] == []
+    assert "mmlu" in found.groups["ppm"]["fragile"]
+    assert not any("floor" in sentence for sentence in summary(bare, found))

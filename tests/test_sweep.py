@@ -19,6 +19,7 @@ from test_evals_command import VOCABULARY, write_tokenizer
 from tiny_models import hf_config, write_folder
 from tiny_tasks import write_tasks
 
+from evals.report.__main__ import main as report_main
 from evals.study import DENSE
 from evals.study_files import load_study
 from evals.sweep import PRESETS, main
@@ -74,7 +75,7 @@ def test_a_study_from_beginning_to_end(
             assert floor.outcomes.keys == one.measured[study.dense].outcomes.keys  # type: ignore[union-attr]
     texts = next(one for one in study.benchmarks if one.name == "tiny_sums").measured[study.dense].text
     assert texts is not None
-    assert {"words", "empty", "echo", "cut_off"} <= texts.keys()
+    assert {"words", "empty", "distinct_2", "cut_off"} <= texts.keys()
     assert {path.name for path in output.iterdir()} >= {"report.html", "study.json", "figures", "tables"}
     assert (output / "tables" / "texts.csv").exists()
     assert len(found["rows"]) == 4 * 3
@@ -116,6 +117,55 @@ def test_more_levels_and_methods_join_a_study(
     assert "is of another sweep: its items differs" in err
 
 
+def test_what_cannot_be_is_refused_before_anything_is_evaluated(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output, options, message in (
+        (tmp_path / "study", ("--expansion-ratio", 5), "grow"),
+        (tmp_path / "study", ("--levels", 10, "--multiple-of", 128), "128"),
+        (tmp_path / "file" / "study", ("--levels", 10), "file"),
+    ):
+        status, out, err = run(capsys, *arguments(model, tasks, output, *options))
+        assert status in (1, 2), err
+        assert (out, "Traceback" in err, "unexpected" in err) == ("", False, False), err
+        assert message in err
+        assert "evaluating" not in err
+
+
+def test_data_that_changed_is_not_compared(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    what = ("--tasks", "tiny_choice", "--items", 4)
+    tasks = write_tasks(tmp_path / "tasks")
+    report(capsys, *arguments(model, tasks, tmp_path / "study", *what, "--levels", 0))
+    write_tasks(tmp_path / "tasks", seed=1)
+    status, _, err = run(capsys, *arguments(model, tasks, tmp_path / "study", *what, "--levels", 20))
+    assert status == 2
+    assert "different versions of tiny_choice" in err
+
+
+def test_a_study_in_the_middle_has_a_report(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "study"
+    what = ("--tasks", "tiny_choice", "--items", 4, "--levels", 20)
+    report(capsys, *arguments(model, tasks, output, *what))
+    document = json.loads((output / "sweep.json").read_text())
+    (output / "sweep.json").write_text(json.dumps(document | {"rows": document["rows"][:1]}))
+    assert commands.run(report_main, capsys, output)[0] == 0
+    (output / "floors.json").write_text((output / "floors.json").read_text().replace('"of": "', '"of": "0'))
+    found = commands.report(report_main, capsys, output)  # floors of something else are not read
+    assert [row["relation"] for row in found["rows"]] == [None]
+    again = report(capsys, *arguments(model, tasks, output, *what))
+    assert all(row["relation"] is not None for row in again["rows"])
+    (output / "efficiency.json").write_text(json.dumps({"format": "gluprune-efficiency", "version": 1, "rows": []}))
+    status, _, err = commands.run(report_main, capsys, output)
+    assert status == 1
+    assert "efficiency.json is damaged" in err
+
+
 def test_presets_are_the_papers() -> None:
     for name, hidden in (("paper-1b", "Llama-3.2-1B"), ("paper-3b", "Llama-3.2-3B")):
         assert PRESETS[name]["model"].endswith(hidden)
@@ -133,6 +183,8 @@ def test_refusals(model: Path, tasks: Path, tmp_path: Path, capsys: pytest.Captu
         ([*base, "--levels", "0,ten"], "--levels has 'ten'"),
         ([*base, "--levels", "10,10.0"], "--levels has 10.0 twice"),
         ([*base, "--levels", "100"], "100"),
+        ([*base, "--levels", "nan"], "--levels has nan"),
+        ([*base, "--levels=-5"], "--levels has -5"),
         ([*base, "--items", 0], "--items is 0"),
         ([*base, "--methods", "ppm", "ppm"], "--methods has ppm twice"),
         ([*base, "--methods", "hybrid"], "looks at activations; give --calibration TEXT"),

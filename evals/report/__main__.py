@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: argparse.Namespace) -> None:
     if (args.study is None) == (args.published is None):
         raise RequestError("give the folder of a study, or --published MODEL")
+    if args.data_dir is not None and args.published is None:
+        raise RequestError("--data-dir is for --published; a study has its own results")
     output = args.output or args.study
     if output is None:
         raise RequestError("--published needs a folder for the report; give --output DIR")

@@ -8,14 +8,25 @@ from typing import Any
 import altair as alt
 
 from evals.paper import paper_study, published
-from evals.report.tables import name_point
 from evals.significance import Comparison
-from evals.study import DENSE, KNOWLEDGE, TRUTHFULNESS, Analysis, StudiedBenchmark, Study, analyse, retention
+from evals.study import (
+    DENSE,
+    GROUPS,
+    KNOWLEDGE,
+    TRUTHFULNESS,
+    Analysis,
+    StudiedBenchmark,
+    Study,
+    analyse,
+    name_point,
+    retention,
+)
+from gluprune_jax.allocation import ALLOCATIONS
 
 # Okabe and Ito's, which colour-blind readers can tell apart, without black and yellow: on light and dark they vanish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
-_GROUPS = ("fragile", "robust", "improving", "uninformative", "not tested")
+_GROUPS = (*GROUPS, "not tested")
 _NEUTRAL = "#8a8a8a"
 _PANEL = {"width": 190, "height": 130}
 _SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
@@ -92,12 +103,12 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
     if not data:
         return None
     chosen = alt.selection_point(fields=["benchmark"], on="pointerover", nearest=True, empty=False)
-    colours = [COLOURS[1], COLOURS[0], *COLOURS[2:4], _NEUTRAL]
+    colours = [COLOURS[1], COLOURS[0], *COLOURS[2:5], _NEUTRAL]
     colour = alt.Color("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=colours))
     base = alt.Chart().encode(x=_ratio_axis(), y=_relative_axis(), color=colour, detail="benchmark:N")
     line = base.mark_line().encode(size=alt.condition(chosen, alt.value(4), alt.value(1.5)))
     point = base.mark_point(filled=True, size=50, opacity=1).encode(
-        shape=alt.Shape("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES[:5]))),
+        shape=alt.Shape("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES))),
         tooltip=_tooltip(),
     )
     rule = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
@@ -108,7 +119,7 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
     )
     caption = (
         "The same lines in one panel for each method. Fragile: some level is significantly worse than dense. "
-        "Uninformative: the dense model is not above the floor, so that nothing can be lost."
+        "At or below the floor: the dense model is not above what takes no knowledge."
     )
     return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart, caption))
 
@@ -232,7 +243,9 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
     for row in report["rows"]:
         for point in study.points:
             left = retention(study, analysis, point)
-            if row["aligned"] or left is None or abs(point.removed - row["removed"]) > _SAME_SIZE:
+            # Speeds are of layers of one width.
+            is_uneven = any(part in ALLOCATIONS[1:] for part in point.method.split("+"))
+            if row["aligned"] or left is None or is_uneven or abs(point.removed - row["removed"]) > _SAME_SIZE:
                 continue
             place = {"method": point.method, "level": point.level, "left": 100 * left}
             setting = f"{row['workload']}, batch {row['batch']}"
@@ -283,6 +296,8 @@ def against_paper(study: Study, analysis: Analysis) -> Figure | None:
     for model in published()["models"]:
         theirs = paper_study(model)
         data += [row | {"model": model} for row in relative(theirs, analyse(theirs)) if row["benchmark"] in names]
+    if len({row["model"] in published()["models"] for row in data}) < 2:  # ours alone, or theirs
+        return None
     models = list(dict.fromkeys(row["model"] for row in data))
     colour = alt.Color("model:N", title="model", sort=models, scale=alt.Scale(domain=models, range=list(COLOURS)))
     base = alt.Chart().encode(x=alt.X("removed:Q", title="neurons removed, %"), y=_relative_axis(), color=colour)
@@ -306,13 +321,13 @@ def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
     for benchmark in study.benchmarks:
         dense = benchmark.measured.get(study.dense)
         if dense is None or not dense.value:
-            continue
+            continue  # nothing is a share of zero
         ends = [one[1].value for one in (benchmark.lowest_floor, benchmark.floor) if one is not None]
-        bounds = sorted(_share(benchmark, dense.value, end) for end in ends)
+        bounds = sorted(share for end in ends if math.isfinite(share := _share(benchmark, dense.value, end)))
         for method in study.methods:
             for point in study.of_method(method):
                 row = analysis.row(benchmark.name, point)
-                if row is None or not math.isfinite(row.measured.value):
+                if row is None or not math.isfinite(_share(benchmark, dense.value, row.measured.value)):
                     continue
                 low, high = _interval(benchmark, dense.value, row.from_dense)
                 data.append(
@@ -336,7 +351,9 @@ def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _share(benchmark: StudiedBenchmark, dense: float, value: float) -> float:
-    return 100 * (value / dense if benchmark.higher_is_better else dense / value)
+    if benchmark.higher_is_better:
+        return 100 * value / dense
+    return 100 * dense / value if value else math.inf
 
 
 def _interval(

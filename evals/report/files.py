@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import importlib.resources
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,18 @@ from rich.text import Text
 from evals.report.figures import Figure, study_figures
 from evals.report.tables import Table, row_json, spell_value, study_tables
 from evals.report.words import summary
+from evals.results import make_folder
 from evals.study import Analysis, Study, analyse
 from gluprune_jax.atomic import write_file_atomic
 
 PAGE, DOCUMENT, FIGURES, TABLES = "report.html", "study.json", "figures", "tables"
 FORMAT, VERSION = "gluprune-study", 1
+
+# Names of figures and tables, which are replaced, or removed where a study has none.
+KNOWN = {
+    *("dichotomy", "fragile_robust", "perplexity", "knowledge_truthfulness", "kept", "quality_speed", "paper"),
+    *("scores", "changes", "trends", "floors", "groups", "correlations", "texts", "efficiency"),
+}
 
 _SCALE = 2  # pixels of a PNG for each of the figure's
 _PRINT: dict[str, Any] = {
@@ -43,9 +51,12 @@ def write_report(study: Study, folder: Path) -> None:
     analysis = analyse(study)
     tables, figures, sentences = study_tables(study, analysis), study_figures(study, analysis), summary(study, analysis)
 
+    written = set()
+
     def write(name: str, data: bytes) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((folder / name).parent)
         write_file_atomic(folder / name, data, overwrite=True)
+        written.add(folder / name)
 
     for figure in figures:
         for ending, draw in (("svg", vl_convert.vegalite_to_svg), ("png", _png)):
@@ -54,8 +65,12 @@ def write_report(study: Study, folder: Path) -> None:
     for table in tables:
         write(f"{TABLES}/{table.name}.csv", table.to_csv().encode())
         write(f"{TABLES}/{table.name}.tex", table.to_latex().encode())
-    write(DOCUMENT, json.dumps(study_json(study, analysis, sentences), indent=1).encode())
+    write(DOCUMENT, to_json(study_json(study, analysis, sentences)).encode())
     write(PAGE, page(study, sentences, figures, tables).encode())
+    for part, endings in ((FIGURES, (".svg", ".png")), (TABLES, (".csv", ".tex"))):  # of an older study
+        for old in (folder / part).glob("*"):
+            if old.suffix in endings and old.stem in KNOWN and old not in written:
+                old.unlink()
 
 
 def print_study(study: Study, *, as_json: bool) -> None:
@@ -63,7 +78,7 @@ def print_study(study: Study, *, as_json: bool) -> None:
     analysis = analyse(study)
     sentences = summary(study, analysis)
     if as_json:
-        print(json.dumps(study_json(study, analysis, sentences), indent=1))
+        print(to_json(study_json(study, analysis, sentences)))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     for method in study.methods:
@@ -92,6 +107,19 @@ def _overview(study: Study, analysis: Analysis, method: str) -> rich.table.Table
             cells.append(Text(f"{spell_value(benchmark, row.measured.value)}{mark}"))
         table.add_row(Text(benchmark.title), *cells)
     return table
+
+
+def to_json(document: Any) -> str:
+    """A document as JSON, which has no infinite numbers: they are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(document), indent=1, allow_nan=False)
 
 
 def study_json(study: Study, analysis: Analysis, sentences: Sequence[str]) -> dict[str, Any]:
@@ -130,8 +158,8 @@ def page(study: Study, sentences: Sequence[str], figures: Sequence[Figure], tabl
     template = environment.from_string(
         importlib.resources.files("evals.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     )
-    # In a script nothing but "</" can end it.
-    specs = json.dumps({figure.name: figure.spec for figure in figures}).replace("</", "<\\/")
+    # Without "<" no text in a script can end it.
+    specs = json.dumps({figure.name: figure.spec for figure in figures}).replace("<", "\\u003c")
     return template.render(
         title=f"What pruning does to {study.model}",
         version=importlib.metadata.version("gluprune-jax"),

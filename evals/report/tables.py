@@ -7,13 +7,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from evals.paper import METHOD, paper_study
-from evals.significance import Comparison
-from evals.study import Analysis, Measured, Point, Row, StudiedBenchmark, Study, compare
+from evals.paper import METHOD, paper_study, published
+from evals.significance import Comparison, holm
+from evals.study import ALPHA, Analysis, Measured, Point, Row, StudiedBenchmark, Study, compare, name_point
 
 Cell = str | float | int | None
 
-_LATEX = str.maketrans({c: f"\\{c}" for c in "%&#_{}$"} | {"±": "$\\pm$"})
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "%&#_{}$"}
+    | {"±": "$\\pm$", "<": "$<$", ">": "$>$", "\\": "\\textbackslash{}", "^": "\\^{}", "~": "\\~{}", "\n": " "}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Table:
         align = "".join("r" if self.is_number(i) else "l" for i in range(len(self.columns)))
         lines = [" & ".join(text.translate(_LATEX) for text in row) + r" \\" for row in [self.columns, *self.texts()]]
         body = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        return "\n".join([f"% {self.title}: {self.note}", *body, r"\end{tabular}", ""])
+        return "\n".join([f"% {self.title}: {self.note}".replace("\n", " "), *body, r"\end{tabular}", ""])
 
 
 def study_tables(study: Study, analysis: Analysis) -> list[Table]:
@@ -111,7 +114,7 @@ def changes(study: Study, analysis: Analysis) -> Table:
                 row.measured.value,
                 *_comparison(dense, row.p_from_dense),
                 None if floor is None else floor.difference,
-                row.p_from_floor,
+                row.p_above,
                 row.verdict,
             ]
         )
@@ -125,15 +128,15 @@ def changes(study: Study, analysis: Analysis) -> Table:
         "p",
         "p, corrected",
         "distance from floor",
-        "p of distance, corrected",
+        "p of being above, corrected",
         "verdict",
     ]
     formats = dict.fromkeys(columns[3:6], spell_difference) | {"distance from floor": spell_difference}
-    formats |= dict.fromkeys(("p", "p, corrected", "p of distance, corrected"), spell_p) | {"value": spell_number}
+    formats |= dict.fromkeys(("p", "p, corrected", "p of being above, corrected"), spell_p) | {"value": spell_number}
     note = (
         "Differences are of the same items, with 95 % bootstrap intervals; of perplexities in nats (logarithms). "
         "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with floors all of a "
-        "model. The distance is from the best responder that knows nothing."
+        "model. The distance is from the best responder that knows nothing; being above is tested against every one."
     )
     return Table("changes", "What changed", note, columns, rows, formats)
 
@@ -142,12 +145,17 @@ def trends(study: Study, analysis: Analysis) -> Table:
     """The slope of each benchmark over levels."""
     titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
     rows: list[list[Cell]] = [
-        [method, titles[name], found.difference, found.low, found.high, found.p_value, found.test]
-        for (method, name), found in analysis.trends.items()
+        [method, titles[name], found.difference, found.low, found.high, found.p_value, p_corrected, found.test]
+        for ((method, name), found), p_corrected in zip(
+            analysis.trends.items(), holm([found.p_value for found in analysis.trends.values()]).tolist(), strict=True
+        )
     ]
-    columns = ["method", "benchmark", "slope", "low", "high", "p", "test"]
-    formats = dict.fromkeys(columns[2:5], spell_difference) | {"p": spell_p}
-    note = "The change for all neurons removed, by a straight line over the levels; of perplexities in nats."
+    columns = ["method", "benchmark", "slope", "low", "high", "p", "p, corrected", "test"]
+    formats = dict.fromkeys(columns[2:5], spell_difference) | dict.fromkeys(columns[5:7], spell_p)
+    note = (
+        "The change for all neurons removed, by a straight line over the levels; of perplexities in nats. p-values are "
+        "corrected for the number of trends (Holm)."
+    )
     return Table("trends", "Trends over levels", note, columns, rows, formats)
 
 
@@ -172,8 +180,8 @@ def groups(study: Study, analysis: Analysis) -> Table:
     ]
     note = (
         "fragile: some level is significantly worse than the dense model; improving: none is, and some level is "
-        "significantly better, above the floor; robust: no level differs; uninformative: the dense model is not above "
-        "the floor."
+        "significantly better, above the floor; no difference found: with so many items, which is no proof that there "
+        "is none; at or below the floor: the dense model is not above what takes no knowledge."
     )
     return Table("groups", "Fragile and robust", note, ["method", "group", "benchmarks"], rows)
 
@@ -186,7 +194,7 @@ def correlations(analysis: Analysis) -> Table:
     ]
     columns = ["method", "r", "low", "high", "p", "levels"]
     formats: dict[str, Callable[[float], str]] = dict.fromkeys(("r", "low", "high"), "{:+.3f}".format)
-    note = "Pearson's r of MMLU with TruthfulQA MC2 over levels, with its 95 % interval (Fisher)."
+    note = "Pearson's r of MMLU with TruthfulQA MC2 over levels, with its 95 % interval, as if levels were independent."
     return Table("correlations", "Knowledge and truthfulness", note, columns, rows, formats | {"p": spell_p})
 
 
@@ -260,42 +268,35 @@ def efficiency(study: Study) -> Table:
 
 def against_paper(study: Study) -> Table:
     """Ours beside the published values, where they are of the same model."""
-    published = same_model(study)
+    theirs_all = same_model(study)
     rows: list[list[Cell]] = []
-    for ours, theirs, benchmark in _common(study, published) if published else ():
+    for ours, theirs, benchmark in _common(study, theirs_all) if theirs_all else ():
         found = compare(theirs[1], ours[1])
-        within = None if found is None else "within error" if found.p_value > 0.05 else "differs"
+        within = None if found is None else "not significantly different" if found.p_value > ALPHA else "different"
         difference = None if found is None else found.difference
         rows.append([benchmark.title, name_point(ours[0]), ours[1].value, theirs[1].value, difference, within])
     columns = ["benchmark", "model", "ours", "published", "difference", "verdict"]
     formats = {"ours": spell_number, "published": spell_number, "difference": spell_difference}
-    note = "Published values with their standard errors, or binomial ones; tested as independent samples at 5 %."
+    note = "Published values with their standard errors, or binomial ones; tested as independent samples at 5 % each."
     return Table("paper", "Against the published values", note, columns, rows, formats)
 
 
 def same_model(study: Study) -> Study | None:
     """The published study of the same model, if there is one and this is not it."""
     name = study.model.rstrip("/").split("/")[-1]
-    if name not in ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.2-1B-Instruct"):
-        return None
-    return paper_study(name)
+    return paper_study(name) if name in published()["models"] else None
 
 
 def _common(
-    study: Study, published: Study
+    study: Study, theirs: Study
 ) -> Iterable[tuple[tuple[Point, Measured], tuple[Point, Measured], StudiedBenchmark]]:
-    known = {benchmark.name: benchmark.measured for benchmark in published.benchmarks}
+    known = {benchmark.name: benchmark.measured for benchmark in theirs.benchmarks}
     for benchmark in study.benchmarks:
         for point, measured in benchmark.measured.items():
             for other, value in known.get(benchmark.name, {}).items():
                 is_same = point.method in (other.method, METHOD) and abs(point.removed - other.removed) < 1e-3
                 if is_same and not benchmark.is_perplexity:
                     yield (point, measured), (other, value), benchmark
-
-
-def name_point(point: Point) -> str:
-    """A model in one string: "dense", "ppm, 20 %"."""
-    return point.method if point.method == point.level else f"{point.method}, {point.level}"
 
 
 def spell_value(benchmark: StudiedBenchmark, value: float) -> str:

@@ -19,9 +19,10 @@ def _of_dense(study: Study, analysis: Analysis) -> Iterator[str]:
     above = [row for row in rows if row.relation == "above"]
     tested = [row for row in rows if row.relation is not None]
     if tested:
+        others = "; on the others it is not distinguishable from them, or below" if len(above) < len(tested) else ""
         yield (
             f"The dense model is above what responders that know nothing score on {len(above)} of {len(tested)} "
-            f"benchmarks with such a floor{_named(study, above)}; on the others pruning has nothing to lose."
+            f"benchmarks with such a floor{_named(study, above)}{others}."
         )
 
 
@@ -30,22 +31,17 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
     groups = analysis.groups[method]
     titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
 
-    def named(group: str) -> str:
-        return _list([titles[name] for name in groups[group]])
-
     levels = [point.level for point in study.of_method(method)[1:]]
     if not levels:
         return
-    parts = [
-        f"{spelled}: {named(group)}"
-        for group, spelled in (
-            ("fragile", "fragile"),
-            ("robust", "no significant difference from dense"),
-            ("improving", "improving above the floor"),
-            ("uninformative", "not informative, for the dense model is not above the floor"),
-        )
-        if groups[group]
-    ]
+    spelled = {
+        "fragile": "fragile",
+        "no difference found": "no difference found",
+        "improving": "improving above the floor",
+        "at the floor": "at the floor already when dense",
+        "below the floor": "below the floor when dense",
+    }
+    parts = [f"{spelled[group]}: {_list([titles[name] for name in names])}" for group, names in groups.items() if names]
     if parts:
         yield f"Under {method} ({_range(levels)}), {'; '.join(parts)}."
     for benchmark in study.benchmarks:
@@ -68,23 +64,24 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
             yield f"{titles[name]} falls to its floor at {_list(fallen)}."
         risen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("risen to it")]
         if risen:
-            yield (
-                f"{titles[name]} rises to its floor from below at {_list(risen)}: "
-                f"it loses a bias, and gains no knowledge."
-            )
+            yield f"{titles[name]} rises to its floor from below at {_list(risen)}."
     found = analysis.correlations.get(method)
     if found is not None:
-        last = study.of_method(method)[-1]
-        ends = [end for name in (KNOWLEDGE, TRUTHFULNESS) if (end := analysis.row(name, last)) is not None]
-        both = all(end.relation == "at" for end in ends)
-        reading = (
-            " At the strongest level both are at their floors: the correlation is of two scores that approach chance."
-            if both
-            else ""
-        )
+        ends = [
+            (knowledge, truth)
+            for point in study.of_method(method)
+            if (knowledge := analysis.row(KNOWLEDGE, point)) and (truth := analysis.row(TRUTHFULNESS, point))
+        ][-1]
+        reading = ""
+        if all(end.relation == "at" for end in ends):
+            reading = (
+                f" At {ends[0].point.level} both are at their floors: it is the correlation of two scores that "
+                f"approach chance."
+            )
         yield (
             f"MMLU and TruthfulQA MC2 correlate over the {found.points} levels with r = {found.r:.3f} "
-            f"(95 % interval {found.low:.2f} to {found.high:.2f}, p = {spell_p(found.p_value)}).{reading}"
+            f"(95 % interval {found.low:.2f} to {found.high:.2f}, p = {spell_p(found.p_value)}, as if "
+            f"levels were independent).{reading}"
         )
 
 
