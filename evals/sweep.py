@@ -201,9 +201,8 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
     for key, pruned in _models(wanted, targets, chooser, rows):
         _note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
         rows.add({**key, **_describe(checkpoint, pruned), **measure(pruned)})
-        _write_floors(
-            args, checkpoint, loaded, rows
-        )  # of the first model's items, so that a report can be made at once
+        _write_floors(args, checkpoint, loaded, rows)  # early, so that what is there can be reported
+    _write_floors(args, checkpoint, loaded, rows)  # where a run was killed before it got to them
     with failing_together():
         if is_main():
             study = load_study(args.output)

@@ -86,7 +86,7 @@ for benchmark in study["benchmarks"]:
 # %%
 lines = ["| benchmark | model | score | standard error | from dense, p | above floor, p | verdict |", "|" + "---|" * 7]
 for row in study["rows"]:
-    p_values = ["" if row[key] is None else f"{row[key]:.3f}" for key in ("p_from_dense", "p_from_floor")]
+    p_values = ["" if row[key] is None else f"{row[key]:.3f}" for key in ("p_from_dense", "p_above")]
     model = row["point"]["level"]
     score, error = row["measured"]["value"], row["measured"]["stderr"]
     lines.append(
