@@ -40,7 +40,7 @@ notebooks: .venv/dev  ## execute the notebooks, on the demo model in a reduced s
 	$(BIN)/pip install --quiet --editable '.[notebooks]'
 	$(BIN)/python -m pytest -q tests/test_notebooks.py  # the two files of each say the same
 	rm -rf .notebooks && cp -r notebooks .notebooks  # a kernel works beside its notebook, and leaves files there
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace .notebooks/*.ipynb && rm -r .notebooks
+	ls .notebooks/*.ipynb | xargs -P 2 -n 1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace && rm -r .notebooks
 
 docs: .venv/dev  ## build the documentation into docs/_build
 	$(BIN)/pip install --quiet --editable '.[docs]'
