@@ -90,10 +90,11 @@ def test_the_output_on_the_calibration_tokens_is_never_further_off_than_without(
     scale = np.linalg.norm(output) ** 2
     assert error <= without * (1 + 1e-4) + 1e-6 * scale
     assert fit.error_without == pytest.approx(without / scale, rel=1e-3, abs=1e-5)
-    # With few tokens and little damping large numbers cancel: float32 rounds each product of the sum that is the error.
+    # With few tokens and the least damping large numbers cancel, and what the float32 Gram matrix was rounded by shows:
+    # at most this. With more damping it is below 1e-5.
     difference = abs(down.T.astype(np.float64) - np.asarray(new, np.float64).T)
     products = np.sum(difference * (abs(a.T.astype(np.float64) @ a) @ difference))
-    rounding = np.finfo(np.float32).eps * products / scale
+    rounding = np.finfo(np.float32).eps / 2 * products / scale
     assert fit.error == pytest.approx(error / scale, rel=1e-3, abs=max(1e-5, rounding))
     assert fit.damping >= damping
 

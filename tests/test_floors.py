@@ -4,6 +4,8 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,11 @@ from lm_eval.tasks import TaskManager
 from tiny_tasks import ITEMS, write_tasks
 
 from evals.degeneration import describe_text, summarise
-from evals.floors import floors
-from evals.outcomes import Outcomes, outcomes_of_items
+from evals.floors import _likelihoods, floors
+from evals.outcomes import Outcomes, check_is_mean, outcomes_of_items
 from evals.run import LoadedBenchmark, load_benchmarks
 from evals.suites import Benchmark, find_benchmark, task_manager
-from gluprune_jax.errors import RequestError
+from gluprune_jax.errors import OperationError, RequestError
 
 METRICS = {
     "tiny_choice": "acc,none",
@@ -171,3 +173,25 @@ def test_degenerate_texts_are_told() -> None:
     assert "echo" not in summarise([short])  # what is not known is not there
     assert (summary["words"], summary["empty"]) == (1, pytest.approx(1 / 3))
     assert summary["repetition"] == pytest.approx(1 - 4 / 9)
+
+
+def test_random_log_likelihoods_are_drawn_for_each_item() -> None:
+    class Weighing:
+        def process_results(self, doc: object, results: list[tuple[float, bool]]) -> dict[str, float]:
+            return {"acc": 1 / (1 + math.exp(min(results[1][0] - results[0][0], 700)))}
+
+    found = [_likelihoods(Weighing(), None, "acc", ["a", "bb"], i)["random log-likelihoods"] for i in range(300)]
+    assert len(set(found)) > 1
+    assert np.mean(found) == pytest.approx(0.5, abs=0.01)  # by symmetry that of equal ones
+
+
+def test_a_headline_that_is_no_mean_of_items_is_refused() -> None:
+    def result(value: float, *outcomes: float) -> Any:
+        items = [{"task": "t", "doc_id": i, "metrics": {"acc,none": one}} for i, one in enumerate(outcomes)]
+        return SimpleNamespace(title="T", metric="acc,none", value=value, items=items)
+
+    check_is_mean(result(0.5, 1.0, 0.0))
+    with pytest.raises(RequestError, match="is 0.75, and the mean over its items 0.5"):
+        check_is_mean(result(0.75, 1.0, 0.0))
+    with pytest.raises(OperationError, match="not a finite number"):
+        check_is_mean(result(0.5, 1.0, math.nan))

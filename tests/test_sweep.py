@@ -89,8 +89,11 @@ def test_masks_and_slices_say_the_same(
     sliced = report(capsys, *arguments(model, tasks, tmp_path / "sliced", *levels, "--slice"))
     for a, b in zip(masked["rows"], sliced["rows"], strict=True):
         assert a["measured"]["value"] == pytest.approx(b["measured"]["value"], rel=1e-4)
-    widths = json.loads((tmp_path / "sliced" / "sweep.json").read_text())["rows"][1]["widths"]
-    assert widths == [40] * 3
+    for name, width in (("masked", 80), ("sliced", 40)):  # of the model that answered
+        row = json.loads((tmp_path / name / "sweep.json").read_text())["rows"][1]
+        setting = json.loads((tmp_path / name / "results" / row["setting"] / "setting.json").read_text())
+        assert setting["about"]["intermediate_sizes"] == [width] * 3
+        assert (setting["decides"]["mask"] is None) == (name == "sliced")
 
 
 def test_more_levels_and_methods_join_a_study(
@@ -112,6 +115,9 @@ def test_more_levels_and_methods_join_a_study(
     ]
     assert json.loads(first)["rows"] == json.loads((output / "sweep.json").read_text())["rows"][:2]
     assert set(found["groups"]) == {"hybrid", "hybrid+least-squares"}
+    whole = (output / "sweep.json").read_text()
+    report(capsys, *arguments(model, tasks, output, *calibration, *more))  # nothing is left to do
+    assert (output / "sweep.json").read_text() == whole
     status, out, err = run(capsys, *arguments(model, tasks, output, *calibration[:-1], 5, "--methods", "hybrid"))
     assert (status, out) == (2, "")
     assert "is of another sweep: its items differs" in err
@@ -164,6 +170,12 @@ def test_a_study_in_the_middle_has_a_report(
     status, _, err = commands.run(report_main, capsys, output)
     assert status == 1
     assert "efficiency.json is damaged" in err
+    rest = {"definitions": {}, "energy": {}, "devices": "", "dtype": "", "model": "another"}
+    written = {"format": "gluprune-efficiency", "version": 1, "rows": [], **rest}
+    (output / "efficiency.json").write_text(json.dumps(written))
+    status, _, err = commands.run(report_main, capsys, output)
+    assert status == 2
+    assert "is of another model, 'another'" in err
 
 
 def test_presets_are_the_papers() -> None:
