@@ -151,6 +151,8 @@ def config_bytes(model: Any) -> int:
 class Monitor:
     """Counts 3 J a second, as Zeus would."""
 
+    reading = 5.0
+
     def __init__(self, *, gpu_indices: list[int] | None, sync_execution_with: str) -> None:
         assert sync_execution_with == "jax"
         self.gpu_indices, self.cpu_indices = gpu_indices or [], [0]
@@ -159,7 +161,9 @@ class Monitor:
         assert not sync_execution
 
     def end_window(self, name: str, *, sync_execution: bool) -> Any:
-        return types.SimpleNamespace(time=2.0, gpu_energy={}, cpu_energy={0: 5.0}, dram_energy={0: 1.0})
+        return types.SimpleNamespace(
+            time=2.0, gpu_energy={}, cpu_energy={0: self.reading}, dram_energy={0: self.reading / 5}
+        )
 
 
 def test_energy_is_what_the_counters_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +178,9 @@ def test_energy_is_what_the_counters_say(model: Path, monkeypatch: pytest.Monkey
     assert meter.measure(lambda: None) == Energy(6.0, 2.0)
     assert meter.idle_watts(0.0) == 3.0
     loaded = convert.load(str(model)).model
+    monkeypatch.setattr(Monitor, "reading", 0.0)  # between two readings of a counter
+    assert meter.measure(lambda: None) is None
+    monkeypatch.setattr(Monitor, "reading", 5.0)
     found = measure(loaded, Workload("one", [[1, 2]], 3), 1, 2, meter, 1.0)
     assert found["energy_per_token"] == pytest.approx(6.0 / (2 * 3))
     assert found["net_energy_per_token"] == pytest.approx((6.0 - 1.0 * 2.0) / (2 * 3))

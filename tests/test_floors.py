@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from lm_eval.tasks import TaskManager
-from tiny_tasks import ITEMS, write_tasks
+from tiny_tasks import ITEMS, HashLM, write_tasks
 
 from evals.degeneration import describe_text, summarise
 from evals.floors import _likelihoods, floors
 from evals.outcomes import Outcomes, check_is_mean, outcomes_of_items
-from evals.run import LoadedBenchmark, load_benchmarks
+from evals.run import LoadedBenchmark, evaluate, load_benchmarks
 from evals.suites import Benchmark, find_benchmark, task_manager
 from gluprune_jax.errors import OperationError, RequestError
 
@@ -191,7 +191,22 @@ def test_a_headline_that_is_no_mean_of_items_is_refused() -> None:
         return SimpleNamespace(title="T", metric="acc,none", value=value, items=items)
 
     check_is_mean(result(0.5, 1.0, 0.0))
-    with pytest.raises(RequestError, match="is 0.75, and the mean over its items 0.5"):
+    with pytest.raises(RequestError, match=r"is 0\.75, and the mean over its items 0\.5"):
         check_is_mean(result(0.75, 1.0, 0.0))
     with pytest.raises(OperationError, match="not a finite number"):
         check_is_mean(result(0.5, 1.0, math.nan))
+
+
+def test_texts_are_cut_off_at_the_models_own_limit_where_the_task_has_none(tasks: Path, tmp_path: Path) -> None:
+    text = (tasks / "tiny_sums.yaml").read_text().replace(", max_gen_toks: 8", "").replace("tiny_sums", "tiny_long")
+    (tmp_path / "tiny_long.yaml").write_text(text)
+
+    class Chatty(HashLM):
+        max_gen_toks = 3
+        tok_encode = staticmethod(str.split)
+
+        def generate_until(self, requests: Sequence[Any]) -> list[Any]:
+            return ["one two three" if i % 2 else "one" for i, _ in enumerate(requests)]
+
+    (result,) = evaluate(Chatty(), [load(tmp_path, "tiny_long")], bootstrap_iterations=0)
+    assert [item["text"]["cut_off"] for item in result.items] == [i % 2 for i in range(ITEMS)]

@@ -106,6 +106,11 @@ def test_tables_are_the_analysis(folder: Path, made: Study) -> None:
         if row.from_dense is not None:
             assert float(shown["difference from dense"]) == row.from_dense.difference
             assert float(shown["p, corrected"]) == row.p_from_dense
+    with (folder / "tables" / "scores.csv").open() as file:
+        scores = {row["benchmark"]: row["dense"].split(" ± ") for row in csv.DictReader(file)}
+    assert float(scores["MMLU"][1]) == pytest.approx((0.6 * 0.4 / 399) ** 0.5, abs=1e-4)
+    perplexity = made.benchmarks[-1].measured[made.dense]  # its error is relative, for it is that of the logarithm
+    assert float(scores["WikiText-2"][1]) == pytest.approx((perplexity.stderr or 0) * perplexity.value, abs=1e-4)
     names = {path.name for path in (folder / "tables").iterdir()}
     stems = {"scores", "changes", "trends", "floors", "groups", "correlations", "texts"}
     assert names == {f"{stem}.{ending}" for stem in stems for ending in ("csv", "tex")}
