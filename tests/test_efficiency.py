@@ -1,6 +1,7 @@
 """What efficiency measures: the same work for all models, defined quantities, energy that is counted or not there."""
 
 import json
+import os
 import sys
 import types
 from functools import partial
@@ -19,7 +20,7 @@ from evals import efficiency
 from evals.costs import bytes_per_token, flops_per_token
 from evals.efficiency import DEFINITIONS, decode_memory, main, measure
 from evals.energy import Energy, EnergyMeter
-from evals.workloads import PAPER, Workload, from_texts, synthetic
+from evals.workloads import PAPER, Workload, from_texts, of_paper, synthetic
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import STEPS_PER_CALL
 
@@ -213,6 +214,9 @@ def test_prompts_of_ones_own(model: Path, tmp_path: Path, capsys: pytest.Capture
     found = report(capsys, "--model", model, "--prompts", tmp_path / "questions.txt", *options)
     (row,) = found["rows"]
     assert row["prompts"] == 2
+    (tmp_path / "questions.jsonl").write_text('{"text": "Two\\nlines?"}\n{"text": "One?"}\n{"text": "Another?"}\n')
+    found = report(capsys, "--model", model, "--prompts", tmp_path / "questions.jsonl", *options)
+    assert found["rows"][0]["prompts"] == 3  # a record is a prompt, whatever lines it has
     options = (*options, "--most-prompts", 1)
     status, out, err = run(capsys, "--model", model, "--prompts", tmp_path / "questions.txt", *options)
     assert status == 0, err
@@ -237,3 +241,21 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         status, out, err = run(capsys, "--model", model, "--mesh", "data=1", *options)
         assert (status, out) == (2, ""), err
         assert message in err, (options, err)
+
+
+@pytest.mark.skipif("GLUPRUNE_DATA" not in os.environ, reason="needs the benchmarks: set GLUPRUNE_DATA")
+def test_the_papers_prompts_are_spread_over_subjects() -> None:
+    texts: list[str] = []
+
+    def tokenize(text: str) -> list[int]:
+        texts.append(text)
+        return [len(texts)]
+
+    found = of_paper(tokenize, Path(os.environ["GLUPRUNE_DATA"]), most=19)
+    assert [(one.name, len(one.prompts), one.new_tokens) for one in found] == [
+        ("HellaSwag", 19, 17),
+        ("MMLU", 19, 49),
+        ("IFEval", 19, 97),
+    ]
+    subjects = {text.split("about ")[1].split(".")[0] for text in texts[19:38]}
+    assert len(subjects) == 19

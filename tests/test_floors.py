@@ -198,7 +198,7 @@ def test_a_headline_that_is_no_mean_of_items_is_refused() -> None:
 
 
 def test_texts_are_cut_off_at_the_models_own_limit_where_the_task_has_none(tasks: Path, tmp_path: Path) -> None:
-    text = (tasks / "tiny_sums.yaml").read_text().replace(", max_gen_toks: 8", "").replace("tiny_sums", "tiny_long")
+    text = (tasks / "sums.yaml").read_text().replace(", max_gen_toks: 8", "").replace("tiny_sums", "tiny_long")
     (tmp_path / "tiny_long.yaml").write_text(text)
 
     class Chatty(HashLM):

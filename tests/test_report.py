@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -93,6 +94,9 @@ def test_every_figure_is_there_three_times(folder: Path) -> None:
     assert last["relative"] == pytest.approx(100 * 0.26 / 0.6)
     assert (last["floor_low"], last["floor_high"]) == pytest.approx((100 * 0.25 / 0.6, 100 * 0.28 / 0.6))
     assert last["low"] < last["relative"] < last["high"]
+    pages = next(row for row in rows if (row["benchmark"], row["level"]) == ("WikiText-2", "20 %"))
+    assert pages["low"] <= pages["relative"] <= pages["high"]  # of perplexities all three are shares, not nats
+    assert pages["relative"] == pytest.approx(100 * math.exp(2.5 - 3.0), rel=1e-6)
 
 
 def test_tables_are_the_analysis(folder: Path, made: Study) -> None:
