@@ -28,7 +28,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
 _GROUPS = (*GROUPS, "not tested")
 _NEUTRAL = "#8a8a8a"
-_PANEL = {"width": 190, "height": 130}
 _SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
 # Of models in the picture of kept neurons.
 _MOST_MAPS = 12
@@ -83,12 +82,7 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
     point = base.mark_point(filled=True, size=45, opacity=1).encode(
         y=_relative_axis(), color=_methods(study), shape=_shapes(study), tooltip=_tooltip()
     )
-    chart = (
-        alt.layer(band, dense, error, line, point, data=alt.InlineData(data))
-        .properties(**_PANEL)
-        .facet(facet=alt.Facet("benchmark:N", title=None, sort=_titles(study)), columns=4)
-        .resolve_scale(y="independent")
-    )
+    chart = _by_benchmark(study, data, band, dense, error, line, point)
     caption = (
         "Over the expansion ratio (intermediate size over hidden size), each benchmark as a share of the dense score "
         "(of perplexities the inverse), with 95 % intervals of the difference. Grey: what responders that know nothing "
@@ -305,12 +299,7 @@ def against_paper(study: Study, analysis: Analysis) -> Figure | None:
         shape=alt.Shape("model:N", title="model", sort=models, scale=alt.Scale(domain=models, range=list(SHAPES))),
         tooltip=["model:N", "benchmark:N", "level:N", alt.Tooltip("relative:Q", format=".1f")],
     )
-    chart = (
-        alt.layer(base.mark_line(), point, data=alt.InlineData(data))
-        .properties(**_PANEL)
-        .facet(facet=alt.Facet("benchmark:N", title=None, sort=_titles(study)), columns=4)
-        .resolve_scale(y="independent")
-    )
+    chart = _by_benchmark(study, data, base.mark_line(), point)
     caption = "Shares of the dense score over the share of neurons removed, beside the published values of the paper."
     return Figure("paper", "Against the paper", caption, _spec(chart, caption))
 
@@ -374,8 +363,15 @@ def _group(analysis: Analysis, row: dict[str, Any]) -> str:
     return "not tested"
 
 
-def _titles(study: Study) -> list[str]:
-    return [benchmark.title for benchmark in study.benchmarks]
+def _by_benchmark(study: Study, data: list[dict[str, Any]], *layers: alt.Chart) -> alt.FacetChart:
+    """A small panel for each benchmark, with an axis of its own."""
+    order = [benchmark.title for benchmark in study.benchmarks]
+    return (
+        alt.layer(*layers, data=alt.InlineData(data))
+        .properties(width=190, height=130)
+        .facet(facet=alt.Facet("benchmark:N", title=None, sort=order), columns=4)
+        .resolve_scale(y="independent")
+    )
 
 
 def _ratio_axis() -> alt.X:
