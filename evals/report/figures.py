@@ -363,7 +363,7 @@ def _group(analysis: Analysis, row: dict[str, Any]) -> str:
     return "not tested"
 
 
-def _by_benchmark(study: Study, data: list[dict[str, Any]], *layers: alt.Chart) -> alt.FacetChart:
+def _by_benchmark(study: Study, data: list[dict[str, Any]], *layers: Any) -> Any:
     """A small panel for each benchmark, with an axis of its own."""
     order = [benchmark.title for benchmark in study.benchmarks]
     return (
