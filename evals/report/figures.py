@@ -243,11 +243,12 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
                 continue
             place = {"method": point.method, "level": point.level, "left": 100 * left}
             setting = f"{row['workload']}, batch {row['batch']}"
-            data.append(
-                place | {"setting": setting, "cost": "decode tokens/s", "value": row["decode_tokens_per_second"]}
-            )
-            if row["energy_per_token"] is not None:
-                data.append(place | {"setting": setting, "cost": "J per token", "value": row["energy_per_token"]})
+            costs = {"decode tokens/s": row["decode_tokens_per_second"], "J per token": row["energy_per_token"]}
+            data += [
+                place | {"setting": setting, "cost": cost, "value": value}
+                for cost, value in costs.items()
+                if value is not None
+            ]
     if not data:
         return None
     methods = [DENSE, *study.methods]

@@ -231,7 +231,7 @@ def efficiency(study: Study) -> Table:
                 row["width"],
                 f"{row['workload']}, batch {row['batch']}",
                 None if first is None else 1e3 * first["median"],
-                1e3 * each["median"],
+                None if each is None else 1e3 * each["median"],
                 1e3 * row["latency"]["median"],
                 row["prefill_tokens_per_second"],
                 row["decode_tokens_per_second"],
