@@ -195,7 +195,11 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
         overwrite=args.overwrite,
     )
     chooser = Chooser(
-        checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
+        checkpoint.model,
+        checkpoint.mlp_weights,
+        windows=windows,
+        names=args.calibration or (),
+        refits=any(method.needs_grams for method in wanted),
     )
     measure = functools.partial(_measure, args, command, checkpoint, loaded)
     for key, pruned in _models(wanted, targets, chooser, rows):

@@ -47,6 +47,7 @@ def collect(
     sensitivity: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     on_layer: Callable[[int], None] | None = None,
+    on_gram: Callable[[Array], None] | None = None,
 ) -> Statistics:
     """The statistics of every layer of a model, in one pass over calibration windows.
 
@@ -57,6 +58,7 @@ def collect(
       sensitivity: also the sensitivity of the loss, which takes a forward and a backward pass more.
       batch_tokens: how many tokens a replica computes at once; memory, not results, depends on it.
       on_layer: called with the index of each layer that is done.
+      on_gram: called with the Gram matrix of each layer, as of `gram_matrices`; they are only computed for this.
 
     Raises:
       RequestError: no windows, windows longer than the model's, or token ids outside its vocabulary.
@@ -65,7 +67,10 @@ def collect(
     stream = Stream(model, windows, batch_tokens=batch_tokens)
     layers = []
     for i in range(model.config.num_hidden_layers):
-        observed, _ = stream.observe(i)
+        observed, gram = stream.observe(i, gram=on_gram is not None)
+        if on_gram and gram is not None:
+            on_gram(gram)
+        del gram
         influence = stream.advance(i)
         layers.append(dataclasses.replace(observed, influence=influence))
         if on_layer:

@@ -133,7 +133,11 @@ def _compare(args: argparse.Namespace) -> None:
         check_targets(checkpoint.config, targets)
     meter = _Meter(args, checkpoint, texts, tasks)
     chooser = methods.Chooser(
-        checkpoint.model, checkpoint.mlp_weights, windows=windows, names=args.calibration or (), keeps_grams=True
+        checkpoint.model,
+        checkpoint.mlp_weights,
+        windows=windows,
+        names=args.calibration or (),
+        refits=any(method.needs_grams for method in wanted),
     )
     results = Rows.open(
         None if args.output is None else args.output / RESULTS_FILE,

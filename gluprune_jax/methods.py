@@ -76,6 +76,11 @@ class Method:
         return is_data_driven(find_criterion(self.criterion)[1])
 
     @property
+    def needs_grams(self) -> bool:
+        """Whether it looks at Gram matrices of the dense model."""
+        return self.is_compensated and not self.in_order
+
+    @property
     def needs_text(self) -> bool:
         """Whether the model must be run on calibration text, whatever statistics there are."""
         return self.is_compensated or self.in_order or self.allocation == "measured"
@@ -106,7 +111,7 @@ class Chooser:
       windows: calibration windows `[N, W]`, if there is calibration text.
       names: of the texts.
       statistics: of this model, if they were collected before.
-      keeps_grams: whether Gram matrices are kept in the memory of the host, for more than one use.
+      refits: whether down projections will be refitted, so that one pass gives statistics and Gram matrices.
     """
 
     def __init__(
@@ -117,19 +122,29 @@ class Chooser:
         windows: NDArray[np.int32] | None = None,
         names: Sequence[str] = (),
         statistics: Statistics | None = None,
-        keeps_grams: bool = False,
+        refits: bool = False,
     ):
         self._model, self._weights, self._windows, self._names = model, weights, windows, names
         self._statistics = statistics
-        self._keeps_grams = keeps_grams
-        self._kept_grams: list[NDArray[np.float32]] | None = None
+        self._refits = refits
+        self._grams_on_host: list[NDArray[np.float32]] | None = None
         self._scores: dict[tuple[str, int], Scores] = {}
 
     def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
         """Those of the model: given, or collected when they are first asked for; None without calibration text."""
         if self._statistics is None and self._windows is not None:
+            kept: list[NDArray[np.float32]] | None = None
+            if self._refits and self._grams_on_host is None and self._has_room():
+                kept = []
             with self._layers("calibrating") as on_layer:
-                self._statistics = collect(self._model, self._windows, names=self._names, on_layer=on_layer)
+                self._statistics = collect(
+                    self._model,
+                    self._windows,
+                    names=self._names,
+                    on_layer=on_layer,
+                    on_gram=None if kept is None else lambda gram: kept.append(to_host(gram)),
+                )
+            self._grams_on_host = kept or self._grams_on_host
         found = self._statistics
         if found is not None and self._windows is not None:
             ours = describe_windows(self._windows)["digest"]
@@ -255,20 +270,22 @@ class Chooser:
         return Pruned(plan, compensation if method.is_compensated else None)
 
     def _grams(self) -> Iterator[Array]:
-        """The Gram matrices, computed once if the host has the memory to keep them."""
-        mesh = mesh_of(self._model)
-        if self._kept_grams is not None:
-            yield from (place(mesh, gram, "neurons", None) for gram in self._kept_grams)
+        """The Gram matrices of the layers, computed once if the host has room for them."""
+        if self._grams_on_host is not None:
+            mesh = mesh_of(self._model)
+            yield from (place(mesh, gram, "neurons", None) for gram in self._grams_on_host)
             return
-        widths = self._model.config.stored_intermediate_sizes
-        size = sum(4 * width * width for width in widths)
-        fits = self._keeps_grams and size <= least(host_memory()) * _HOST_SHARE
-        kept: list[NDArray[np.float32]] | None = [] if fits else None
+        kept: list[NDArray[np.float32]] | None = [] if self._has_room() else None
         for gram in gram_matrices(self._model, self._text()):
             if kept is not None:
                 kept.append(to_host(gram))
             yield gram
-        self._kept_grams = kept
+        self._grams_on_host = kept
+
+    def _has_room(self) -> bool:
+        """Whether the Gram matrices fit into the memory of every process's host."""
+        size = sum(4 * width * width for width in self._model.config.stored_intermediate_sizes)
+        return size <= least(host_memory()) * _HOST_SHARE
 
     def _text(self) -> NDArray[np.int32]:
         if self._windows is None:

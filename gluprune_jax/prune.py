@@ -192,6 +192,7 @@ def _prune(args: argparse.Namespace, command: str) -> None:
         windows=windows,
         names=args.calibration or (),
         statistics=statistics,
+        refits=args.compensate != "none" and not args.in_order,
     )
     collected = None
     if plan is None:

@@ -22,7 +22,7 @@ from gluprune_jax.compensation import compensate, with_down_projections
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.importance import score
 from gluprune_jax.method_options import spread
-from gluprune_jax.methods import Method
+from gluprune_jax.methods import Chooser, Method
 from gluprune_jax.packing import pack
 from gluprune_jax.plan import make_plan
 from gluprune_jax.prune import main
@@ -118,6 +118,22 @@ def test_least_squares_is_that_of_the_library(
     assert done["compensation"]["output_error"] == pytest.approx(found.summary()["output_error"], rel=1e-3)
     assert written.history[-1]["compensation"] == done["compensation"]
     assert "least-squares" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_statistics_and_gram_matrices_come_from_one_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, windows = windows_of(folder)
+    method, target = Method("hybrid", is_compensated=True), {"prune_percent": 40}
+
+    def down_projs(*, refits: bool) -> list[Any]:
+        chooser = Chooser(checkpoint.model, checkpoint.mlp_weights, windows=windows, refits=refits)
+        (pruned,) = chooser.choose(method, [target])
+        assert pruned.compensation is not None
+        return [np.asarray(down) for down in pruned.compensation.down_projs]
+
+    in_two = down_projs(refits=False)
+    monkeypatch.setattr("gluprune_jax.methods.gram_matrices", lambda *_: pytest.fail("a second pass over the text"))
+    for one, two in zip(down_projs(refits=True), in_two, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_a_plan_is_replayed_with_compensation(
