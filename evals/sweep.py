@@ -117,10 +117,9 @@ def parser() -> argparse.ArgumentParser:
     add_suite_arguments(what, required=False)
     what.add_argument(
         "--items",
-        type=int,
         metavar="N",
         help="items of each benchmark, divided over its tasks: at least N in all, the first ones of each (default: the "
-        "suite's own number)",
+        "suite's own number); benchmarks whose items are large may have their own, such as 50,wikitext=10",
     )
     add_task_arguments(what)
     how = parser.add_argument_group("how")
@@ -167,10 +166,12 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
             check_output(args.output / RESULTS_FOLDER)
             check_file(args.output / SWEEP_FILE, overwrite=True)
         benchmarks, manager = choose_benchmarks(args.suite, args.tasks, args.include_path)
+        items = _items(args.items, [benchmark.name for benchmark in benchmarks])
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(
                 benchmarks, manager, data_dir=data_folder(args.data_dir), note=_note, on_loaded=progress
             )
+        limits = {one.benchmark.name: _limit(args.suite, items, one) for one in loaded}
         documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
     check_same("the texts of --calibration", (json.dumps(document).encode() for document in documents))
     use_compilation_cache()
@@ -190,7 +191,7 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
         windows = method_options.calibration_windows(checkpoint, documents, args) if documents else None
     rows = Rows.open(
         args.output / SWEEP_FILE,
-        _about(args, checkpoint, benchmarks, windows),
+        _about(args, checkpoint, benchmarks, items, windows),
         is_row=is_sweep_row,
         overwrite=args.overwrite,
     )
@@ -201,12 +202,12 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
         names=args.calibration or (),
         refits=any(method.needs_grams for method in wanted),
     )
-    measure = functools.partial(_measure, args, command, checkpoint, loaded)
+    measure = functools.partial(_measure, args, command, checkpoint, loaded, limits)
     for key, pruned in _models(wanted, targets, chooser, rows):
         _note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
         rows.add({**key, **_describe(checkpoint, pruned), **measure(pruned)})
-        _write_floors(args, checkpoint, loaded, rows)  # early, so that what is there can be reported
-    _write_floors(args, checkpoint, loaded, rows)  # where a run was killed before it got to them
+        _write_floors(args, checkpoint, loaded, limits, rows)  # early, so that what is there can be reported
+    _write_floors(args, checkpoint, loaded, limits, rows)  # where a run was killed before it got to them
     with failing_together():
         if is_main():
             study = load_study(args.output)
@@ -225,7 +226,7 @@ def _check_request(args: argparse.Namespace) -> tuple[list[Method], list[dict[st
         raise RequestError("no model: give --model MODEL or --preset NAME")
     if args.suite is None and args.tasks is None:
         raise RequestError(f"no benchmarks: give --suite NAME ({', '.join(SUITES)}) or --tasks LIST")
-    for flag, least in (("items", 1), ("batch_size", 1), ("max_length", 2), ("multiple_of", 1)):
+    for flag, least in (("batch_size", 1), ("max_length", 2), ("multiple_of", 1)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise RequestError(f"--{flag.replace('_', '-')} is {value}; it must be at least {least}")
@@ -280,17 +281,41 @@ def _smaller(checkpoint: convert.Checkpoint, targets: Sequence[dict[str, Any]]) 
     return [target for target in targets if not is_own(target)]
 
 
-def _limit(args: argparse.Namespace, loaded: Any) -> int | None:
+def _items(text: str | None, benchmarks: Sequence[str]) -> dict[str, int] | None:
+    """Items of each benchmark that `--items` asks for: a number, and others for some of them; None leaves it open."""
+    if text is None:
+        return None
+    found: dict[str, int] = {}
+    common = None
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        if not (number.isdecimal() and int(number)) or (equals and not name):
+            raise RequestError(f"--items is {text}; give a whole number from 1, or with others such as 50,wikitext=10")
+        if equals and name not in benchmarks:
+            raise RequestError(f"--items names {name}, which is not evaluated; there are {', '.join(benchmarks)}")
+        if name in found or (not equals and common is not None):
+            raise RequestError(f"--items is {text}; give one number for all, and one for each benchmark that is named")
+        if equals:
+            found[name] = int(number)
+        else:
+            common = int(number)
+    if common is None and (missing := [name for name in benchmarks if name not in found]):
+        raise RequestError(f"--items has no number for {missing[0]}; give one for all, such as 50,{text}")
+    return {name: found.get(name, common or 0) for name in benchmarks}
+
+
+def _limit(suite: str | None, items: Mapping[str, int] | None, loaded: Any) -> int | None:
     """Items of each task of a benchmark."""
-    if args.items is not None:
-        return math.ceil(int(args.items) / len(loaded.tasks["tasks"]))
-    return None if args.suite is None else find_suite(args.suite).limit
+    if items is not None:
+        return math.ceil(items[loaded.benchmark.name] / len(loaded.tasks["tasks"]))
+    return None if suite is None else find_suite(suite).limit
 
 
 def _about(
     args: argparse.Namespace,
     checkpoint: convert.Checkpoint,
     benchmarks: Sequence[Benchmark],
+    items: Mapping[str, int] | None,
     windows: NDArray[np.int32] | None,
 ) -> dict[str, Any]:
     return {
@@ -301,7 +326,7 @@ def _about(
         "hidden_size": checkpoint.config.hidden_size,
         "gluprune_jax": importlib.metadata.version("gluprune-jax"),
         "benchmarks": [benchmark.name for benchmark in benchmarks],
-        "items": args.items,
+        "items": items,
         "suite": args.suite,
         "data_dir": args.data_dir,
         "apply_chat_template": args.apply_chat_template,
@@ -360,6 +385,7 @@ def _measure(
     command: str,
     checkpoint: convert.Checkpoint,
     loaded: Sequence[Any],
+    limits: Mapping[str, int | None],
     pruned: Pruned | None,
 ) -> dict[str, Any]:
     """Evaluates one model on all benchmarks, from where an interrupted run left it."""
@@ -395,7 +421,7 @@ def _measure(
             (result,) = evaluate(
                 lm,
                 [benchmark],
-                limit=_limit(args, benchmark),
+                limit=limits[benchmark.benchmark.name],
                 apply_chat_template=args.apply_chat_template,
                 journal=folder.journal,
                 about={"command": command, "revision": args.revision, "data": args.data_dir},
@@ -407,15 +433,25 @@ def _measure(
         return {"setting": folder.path.name, "results": stems}
 
 
-def _write_floors(args: argparse.Namespace, checkpoint: convert.Checkpoint, loaded: Sequence[Any], rows: Rows) -> None:
+def _write_floors(
+    args: argparse.Namespace,
+    checkpoint: convert.Checkpoint,
+    loaded: Sequence[Any],
+    limits: Mapping[str, int | None],
+    rows: Rows,
+) -> None:
     """Computes what responders that know nothing score, unless that was done before."""
     with failing_together():
         if is_main():
-            _compute_floors(args, checkpoint, loaded, rows)
+            _compute_floors(args, checkpoint, loaded, limits, rows)
 
 
 def _compute_floors(
-    args: argparse.Namespace, checkpoint: convert.Checkpoint, loaded: Sequence[Any], rows: Rows
+    args: argparse.Namespace,
+    checkpoint: convert.Checkpoint,
+    loaded: Sequence[Any],
+    limits: Mapping[str, int | None],
+    rows: Rows,
 ) -> None:
     from evals.floors import floors
     from evals.results import load_result
@@ -434,8 +470,7 @@ def _compute_floors(
             name = benchmark.benchmark.name
             metric = results[name].metric
             tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
-            limit = _limit(args, benchmark)
-            responders = floors(benchmark, metric, limit=limit, tokenize=tokenize, vocab_size=vocab_size)
+            responders = floors(benchmark, metric, limit=limits[name], tokenize=tokenize, vocab_size=vocab_size)
             found[name] = metric, responders
             progress(number)
     save_floors(path, found, of)

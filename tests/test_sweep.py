@@ -54,7 +54,7 @@ def test_a_study_from_beginning_to_end(
     model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "study"
-    found = report(capsys, *arguments(model, tasks, output, "--levels", "0,10,50", "--items", 8))
+    found = report(capsys, *arguments(model, tasks, output, "--levels", "0,10,50", "--items", "8,tiny_pages=3"))
     assert [(point["method"], point["level"]) for point in found["points"]] == [
         (DENSE, DENSE),
         ("ppm", "10 %"),
@@ -64,7 +64,7 @@ def test_a_study_from_beginning_to_end(
     study = load_study(output)
     assert [one.name for one in study.benchmarks] == TASKS.split(",")
     sizes = {one.name: one.measured[study.dense].items for one in study.benchmarks}
-    assert sizes == {"tiny_choice": 8, "tiny_words": 8, "tiny_pages": 8, "tiny_sums": 8}  # the group has two tasks
+    assert sizes == {"tiny_choice": 8, "tiny_words": 8, "tiny_pages": 3, "tiny_sums": 8}  # the group has two tasks
     floors = {one.name: set(one.floors) for one in study.benchmarks}
     assert floors["tiny_choice"] == {"a uniform guess", "the shortest choice", "the longest choice"}
     assert floors["tiny_words"] == floors["tiny_pages"] == {f"all {VOCABULARY} tokens equally likely"}
@@ -198,6 +198,12 @@ def test_refusals(model: Path, tasks: Path, tmp_path: Path, capsys: pytest.Captu
         ([*base, "--levels", "nan"], "--levels has nan"),
         ([*base, "--levels=-5"], "--levels has -5"),
         ([*base, "--items", 0], "--items is 0"),
+        ([*base, "--items", "1.5"], "--items is 1.5"),
+        ([*base, "--items", "9,=3"], "--items is 9,=3"),
+        ([*base, "--items", "9,8"], "give one number for all"),
+        ([*base, "--items", "9,piqa=3,piqa=4"], "one for each benchmark that is named"),
+        ([*base, "--items", "9,mmlu=3"], "--items names mmlu, which is not evaluated; there are piqa"),
+        (["--model", model, "--tasks", "piqa,boolq", *base[4:], "--items", "piqa=3"], "no number for boolq"),
         ([*base, "--methods", "ppm", "ppm"], "--methods has ppm twice"),
         ([*base, "--methods", "hybrid"], "looks at activations; give --calibration TEXT"),
         ([*base, "--calibration", "python-reference"], "nothing looks at --calibration"),
