@@ -262,7 +262,8 @@ def test_transformers_loads_what_is_written(
     assert theirs.config.num_hidden_layers == len(theirs.model.layers) == pruned.config.num_hidden_layers
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(logits(pruned.model), expected, atol=1e-5, rtol=1e-5)
+    # Against float64, theirs are wrong by up to 1.1e-5 on some processors; logits reach 6.
+    np.testing.assert_allclose(logits(pruned.model), expected, rtol=0, atol=5e-6 * np.abs(expected).max())
     # With the layers taken out of the dense model over there it is the same function.
     if set(PLANS[what]) == {"drop_layers"}:
         dense = load_reference(folder)

@@ -269,7 +269,8 @@ def test_a_failure_keeps_what_was_answered(
 
 
 _COMMAND = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell would ignore it
 sys.path.insert(0, {tests!r})
 from types import ModuleType
 import test_evals_command as tests
