@@ -8,6 +8,9 @@ from typing import Any
 # Before jax is imported: an accelerator that happens to be there would change the numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+if (cache := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and "PYTEST_XDIST_WORKER" in os.environ:
+    # To each worker its own: JAX writes entries not in one piece, and its warning of a torn one is an error here.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/{os.environ['PYTEST_XDIST_WORKER']}"
 
 import jax
 import pytest
