@@ -196,32 +196,59 @@ def test_names_and_numbers_that_would_break_a_page(made: Study, tmp_path: Path) 
     assert document["rows"][-1]["measured"]["value"] is None
 
 
-def test_speeds_are_shown_and_those_that_noise_hid_left_out(made: Study, tmp_path: Path) -> None:
+def efficiency_row(level: int, **measured: object) -> dict[str, object]:
     second = {"median": 0.002, "low": 0.002, "high": 0.003}
-    row = {
-        **{"level": "10 %", "removed": 0.1, "aligned": False, "width": 96, "workload": "questions", "batch": 1},
+    about = {"level": f"{level} %", "removed": level / 100, "aligned": False, "width": 96}
+    return {
+        **about,
+        **{"workload": "questions", "batch": 1},
         **{"time_to_first_token": second, "time_per_output_token": second, "latency": second},
         **{"prefill_tokens_per_second": 700.0, "decode_tokens_per_second": 500.0, "memory_bytes": 4e6},
         **{"flops_per_token": 1e6, "bytes_per_token": 2e6, "energy_per_token": 0.5, "net_energy_per_token": 0.25},
+        **measured,
     }
-    names = ("time_to_first_token", "time_per_output_token", "decode_tokens_per_second", "memory_bytes")
-    hidden = row | dict.fromkeys([*names, "energy_per_token", "net_energy_per_token"])
+
+
+def marks_of(study: Study, rows: list[dict[str, object]], folder: Path) -> list[dict[str, object]]:
+    """What the figure of quality against speed shows."""
     about = {"definitions": {"latency": "all of it"}, "energy": {}, "devices": "1 x cpu", "dtype": "float32"}
-    efficiency = about | {"rows": [row, hidden | {"level": "20 %", "removed": 0.2}]}
-    write_report(dataclasses.replace(made, efficiency=efficiency), tmp_path)
+    write_report(dataclasses.replace(study, efficiency=about | {"rows": rows}), folder)
+    found = re.search(r"const specs = (\{.*?\});\n", (folder / "report.html").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    (marks,) = json.loads(found[1])["quality_speed"]["datasets"].values()
+    return marks
+
+
+def test_speeds_are_shown_and_those_that_noise_hid_left_out(made: Study, tmp_path: Path) -> None:
+    names = ("time_to_first_token", "time_per_output_token", "decode_tokens_per_second", "memory_bytes")
+    hidden = dict.fromkeys([*names, "energy_per_token", "net_energy_per_token"])
+    marks = marks_of(made, [efficiency_row(10), efficiency_row(20, **hidden)], tmp_path)
     with (tmp_path / "tables" / "efficiency.csv").open() as file:
         measured, left_out = csv.DictReader(file)
     assert float(measured["time per output token, ms"]) == pytest.approx(2.0)
     assert float(measured["decode tokens/s"]) == pytest.approx(500.0)
     assert float(left_out["latency, ms"]) == pytest.approx(2.0)
     assert left_out["time per output token, ms"] == left_out["decode tokens/s"] == left_out["J per token"] == ""
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    found = re.search(r"const specs = (\{.*?\});\n", text, re.DOTALL)
-    assert found is not None
-    (marks,) = json.loads(found[1])["quality_speed"]["datasets"].values()
     assert {(mark["level"], mark["cost"]): mark["value"] for mark in marks} == {
         ("10 %", "decode tokens/s"): 500.0,
         ("10 %", "J per token"): 0.5,
+    }
+
+
+def test_the_pareto_front_is_what_no_other_model_beats(made: Study, tmp_path: Path) -> None:
+    measured = {10: (400.0, 0.5), 20: (500.0, 0.6), 40: (450.0, 0.4)}
+    rows = [
+        efficiency_row(level, decode_tokens_per_second=rate, energy_per_token=energy)
+        for level, (rate, energy) in measured.items()
+    ]
+    marks = marks_of(made, rows, tmp_path)
+    left = {str(mark["level"]): mark["left"] for mark in marks}
+    assert left["10 %"] > left["20 %"] > left["40 %"]  # type: ignore[operator]
+    assert {(mark["level"], mark["cost"]) for mark in marks if mark["front"]} == {
+        ("10 %", "decode tokens/s"),
+        ("20 %", "decode tokens/s"),
+        ("10 %", "J per token"),
+        ("40 %", "J per token"),
     }
 
 

@@ -28,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
 _GROUPS = (*GROUPS, "not tested")
 _NEUTRAL = "#8a8a8a"
+_ENERGY = "J per token"
 _SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
 # Of models in the picture of kept neurons.
 _MOST_MAPS = 12
@@ -231,7 +232,7 @@ def kept_neurons(study: Study) -> Figure | None:
 
 
 def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
-    """What is left of the model against how fast it is, or what energy it takes."""
+    """What is left of the model against how fast it is, or what energy it takes, and the Pareto front of both."""
     report = study.efficiency or {"rows": []}
     data = []
     for row in report["rows"]:
@@ -243,7 +244,7 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
                 continue
             place = {"method": point.method, "level": point.level, "left": 100 * left}
             setting = f"{row['workload']}, batch {row['batch']}"
-            costs = {"decode tokens/s": row["decode_tokens_per_second"], "J per token": row["energy_per_token"]}
+            costs = {"decode tokens/s": row["decode_tokens_per_second"], _ENERGY: row["energy_per_token"]}
             data += [
                 place | {"setting": setting, "cost": cost, "value": value}
                 for cost, value in costs.items()
@@ -251,6 +252,7 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
             ]
     if not data:
         return None
+    data = [place | {"front": not any(_beats(other, place) for other in data)} for place in data]
     methods = [DENSE, *study.methods]
     colour = alt.Color("method:N", title="method", scale=alt.Scale(domain=methods, range=[_NEUTRAL, *COLOURS]))
     base = alt.Chart().encode(
@@ -267,8 +269,10 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
             alt.Tooltip("left:Q", format=".1f"),
         ],
     )
+    front = base.transform_filter("datum.front").mark_line(strokeDash=[4, 3], color=_NEUTRAL).encode(order="value:Q")
+    labels = base.mark_text(dy=-10, fontSize=10).encode(text="level:N")
     chart = (
-        alt.layer(point_marks, base.mark_text(dy=-10, fontSize=10).encode(text="level:N"), data=alt.InlineData(data))
+        alt.layer(front, point_marks, labels, data=alt.InlineData(data))
         .transform_calculate(panel="datum.cost + ': ' + datum.setting")
         .properties(width=300, height=220)
         .facet(facet=alt.Facet("panel:N", title=None), columns=2)
@@ -276,10 +280,19 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
     )
     caption = (
         "How much of what the dense model has above its floors is left, in the mean over benchmarks where it has any, "
-        "against speed (and energy, where the hardware tells it). Models toward the upper right (of energy: the upper "
-        "left) are not beaten by others."
+        "against speed (and energy, where the hardware tells it). The line is the Pareto front: of models that no "
+        "other one beats in one of the two without losing in the other."
     )
     return Figure("quality_speed", "Quality against speed and energy", caption, _spec(chart, caption))
+
+
+def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a model is better than another in quality or cost, and worse in neither; in the same panel."""
+    if (one["setting"], one["cost"]) != (other["setting"], other["cost"]):
+        return False
+    sign = -1 if one["cost"] == _ENERGY else 1
+    gains = (one["left"] - other["left"], sign * (one["value"] - other["value"]))
+    return bool(min(gains) >= 0 and max(gains) > 0)
 
 
 def against_paper(study: Study, analysis: Analysis) -> Figure | None:
