@@ -441,39 +441,30 @@ def _write_floors(
     rows: Rows,
 ) -> None:
     """Computes what responders that know nothing score, unless that was done before."""
-    with failing_together():
-        if is_main():
-            _compute_floors(args, checkpoint, loaded, limits, rows)
-
-
-def _compute_floors(
-    args: argparse.Namespace,
-    checkpoint: convert.Checkpoint,
-    loaded: Sequence[Any],
-    limits: Mapping[str, int | None],
-    rows: Rows,
-) -> None:
     from evals.floors import floors
     from evals.results import load_result
 
-    path = args.output / FLOORS_FILE
-    dense = rows.document["rows"][0]
-    folder = args.output / RESULTS_FOLDER / dense["setting"]
-    results = {name: load_result(folder / f"{stem}.json") for name, stem in dense["results"].items()}
-    of = floors_of(rows.document, {name: result.data for name, result in results.items()})
-    if has_floors(path, of):
-        return
-    tokenizer, vocab_size = load_tokenizer(checkpoint), checkpoint.config.vocab_size
-    found = {}
-    with terminal.count_progress("floors", len(loaded), "benchmarks") as progress:
-        for number, benchmark in enumerate(loaded, start=1):
-            name = benchmark.benchmark.name
-            metric = results[name].metric
-            tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
-            responders = floors(benchmark, metric, limit=limits[name], tokenize=tokenize, vocab_size=vocab_size)
-            found[name] = metric, responders
-            progress(number)
-    save_floors(path, found, of)
+    with failing_together():
+        if not is_main():
+            return
+        path = args.output / FLOORS_FILE
+        dense = rows.document["rows"][0]
+        folder = args.output / RESULTS_FOLDER / dense["setting"]
+        results = {name: load_result(folder / f"{stem}.json") for name, stem in dense["results"].items()}
+        of = floors_of(rows.document, {name: result.data for name, result in results.items()})
+        if has_floors(path, of):
+            return
+        tokenizer, vocab_size = load_tokenizer(checkpoint), checkpoint.config.vocab_size
+        tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
+        found = {}
+        with terminal.count_progress("floors", len(loaded), "benchmarks") as progress:
+            for number, benchmark in enumerate(loaded, start=1):
+                name = benchmark.benchmark.name
+                metric = results[name].metric
+                responders = floors(benchmark, metric, limit=limits[name], tokenize=tokenize, vocab_size=vocab_size)
+                found[name] = metric, responders
+                progress(number)
+        save_floors(path, found, of)
 
 
 def _note(text: str) -> None:

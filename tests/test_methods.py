@@ -120,7 +120,9 @@ def test_least_squares_is_that_of_the_library(
     assert "least-squares" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_statistics_and_gram_matrices_come_from_one_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_and_gram_matrices_come_from_one_pass(
+    folder: Path, argv: list[object], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, windows = windows_of(folder)
     method, target = Method("hybrid", is_compensated=True), {"prune_percent": 40}
 
@@ -134,6 +136,7 @@ def test_statistics_and_gram_matrices_come_from_one_pass(folder: Path, monkeypat
     monkeypatch.setattr("gluprune_jax.methods.gram_matrices", lambda *_: pytest.fail("a second pass over the text"))
     for one, two in zip(down_projs(refits=True), in_two, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    report(capsys, *argv, "--prune-percent", 40, "--criterion", "hybrid", "--compensate", "least-squares")
 
 
 def test_a_plan_is_replayed_with_compensation(

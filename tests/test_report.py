@@ -7,6 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
@@ -209,12 +210,13 @@ def efficiency_row(level: int, **measured: object) -> dict[str, object]:
     }
 
 
-def marks_of(study: Study, rows: list[dict[str, object]], folder: Path) -> list[dict[str, object]]:
+def marks_of(study: Study, rows: list[dict[str, object]], folder: Path) -> list[dict[str, Any]]:
     """What the figure of quality against speed shows."""
     about = {"definitions": {"latency": "all of it"}, "energy": {}, "devices": "1 x cpu", "dtype": "float32"}
     write_report(dataclasses.replace(study, efficiency=about | {"rows": rows}), folder)
     found = re.search(r"const specs = (\{.*?\});\n", (folder / "report.html").read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
+    marks: list[dict[str, Any]]
     (marks,) = json.loads(found[1])["quality_speed"]["datasets"].values()
     return marks
 
@@ -242,8 +244,8 @@ def test_the_pareto_front_is_what_no_other_model_beats(made: Study, tmp_path: Pa
         for level, (rate, energy) in measured.items()
     ]
     marks = marks_of(made, rows, tmp_path)
-    left = {str(mark["level"]): mark["left"] for mark in marks}
-    assert left["10 %"] > left["20 %"] > left["40 %"]  # type: ignore[operator]
+    left = {mark["level"]: mark["left"] for mark in marks}
+    assert left["10 %"] > left["20 %"] > left["40 %"]
     assert {(mark["level"], mark["cost"]) for mark in marks if mark["front"]} == {
         ("10 %", "decode tokens/s"),
         ("20 %", "decode tokens/s"),
