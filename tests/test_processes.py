@@ -17,6 +17,7 @@ from test_evals_command import VOCABULARY, write_tokenizer
 from tiny_models import hf_config, write_folder
 from tiny_tasks import NAMES, write_tasks
 
+from evals.report.__main__ import main as report
 from evals.results import load_items, load_results
 from gluprune_jax.errors import RequestError
 from gluprune_jax.prune import main as prune
@@ -153,6 +154,29 @@ def test_evaluate(tmp_path: Path, model: Path, run: Run) -> None:
     assert {type(answer) for answer in alone} == {list, float, str}
     for several in ("two", "four"):
         check_answers(list(answers(tmp_path / several)), alone)
+
+
+def test_a_study(tmp_path: Path, model: Path, run: Run) -> None:
+    """A sweep, and what is timed for its report; the second process leaves nothing behind."""
+    tasks = ("--tasks", "tiny_choice", "--include-path", write_tasks(tmp_path / "tasks"), "--items", 6)
+    text = tmp_path / "text.txt"
+    text.write_text("all neurons are equal, but some neurons are more equal than others. " * 40)
+    calibration = ("--calibration", text, "--calibration-tokens", 512, "--calibration-window", 64)
+    methods = ("--methods", "hybrid+least-squares", "--levels", 50, "--max-length", 64)
+    sweep = ("evals.sweep", "--model", model, *tasks, *calibration, *methods, "--json")
+    alone, together, nothing = (tmp_path / name for name in ("alone", "together", "nothing"))
+    expected = json.loads(done(run(*sweep, "--output", alone, "--mesh", "data=1,model=2", processes=1)))
+    found = json.loads(done(run(*sweep, "--output", [together, nothing], "--mesh", "data=2,model=2")))
+    assert [point["method"] for point in found["points"]] == ["dense", "hybrid+least-squares"]
+    assert found["rows"] == expected["rows"]
+    assert len(found["rows"]) == 2
+    work = ("--levels", 50, "--no-aligned", "--batch-sizes", 2, "--prompt-tokens", 9, "--new-tokens", 17)
+    efficiency = ("evals.efficiency", "--model", model, *work, "--repeats", 2, "--mesh", "data=2,model=2", "--json")
+    timed = json.loads(done(run(*efficiency, "--output", [together, nothing])))
+    assert [(row["level"], row["width"]) for row in timed["rows"]] == [("50 %", 42)]
+    assert timed["rows"][0]["latency"]["median"] > 0
+    assert not nothing.exists()
+    assert report([str(together), "--json"]) == 0
 
 
 def check_answers(several: list[Any], single: list[Any]) -> None:
