@@ -13,9 +13,8 @@ import argparse
 import array
 import contextlib
 import functools
-import json
 import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +30,8 @@ from convert.tokenizer import end_of_sequence_ids, load_tokenizer
 from evals.decoding import DEFAULT_NEW_TOKENS, Decoding, StopStrings, changes_to_greedy, parse_decoding
 from evals.engine import Engine, LogLikelihood
 from evals.footprint import evaluation_uses
-from evals.journal import Journal, Response
+from evals.journal import Journal
+from evals.requests import Requests
 from evals.setting import check_tokenizer
 from gluprune_jax import devices, terminal
 from gluprune_jax.distributed import check_same
@@ -496,7 +496,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         return asked.responses()
 
     def _generate(
-        self, asked: "_Requests", decoding: Decoding, numbers: Sequence[int], on_answer: Callable[[], None]
+        self, asked: Requests, decoding: Decoding, numbers: Sequence[int], on_answer: Callable[[], None]
     ) -> None:
         bos = self.tokenizer.bos_token
         texts = [
@@ -527,8 +527,8 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
 
     # -------------------------------------------------------------------------------------------------- bookkeeping
 
-    def _ask(self, kind: str, requests: Sequence[Any]) -> "_Requests":
-        asked = _Requests(kind, [request.args for request in requests], self._journal, self.cache_hook)
+    def _ask(self, kind: str, requests: Sequence[Any]) -> Requests:
+        asked = Requests(kind, [request.args for request in requests], self._journal, self.cache_hook)
         check_same("the data of a benchmark", (repr(arguments).encode(errors="replace") for arguments in asked.open))
         return asked
 
@@ -539,7 +539,7 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
             return contextlib.nullcontext(lambda done: None)
         return terminal.count_progress(what, total, unit)
 
-    def _report_truncated(self, asked: "_Requests") -> None:
+    def _report_truncated(self, asked: Requests) -> None:
         if asked.truncated and self._journal is None:
             self._note(
                 f"{asked.truncated:,} of {len(asked.open):,} contexts were longer than the window of "
@@ -550,69 +550,6 @@ class GlupruneLM(TemplateLM):  # type: ignore[misc]
         if sentence not in self._said:
             self._said.add(sentence)
             self._note(sentence)
-
-
-# ------------------------------------------------------------------------------------------------------ bookkeeping
-
-
-class _Requests:
-    """Requests of one kind on their way to answers.
-
-    Attributes:
-      open: the arguments of those that must be answered, each only once.
-      learnt: how many of them have been.
-      truncated: how many of their contexts were cut.
-    """
-
-    def __init__(self, kind: str, arguments: Iterable[tuple[Any, ...]], journal: Journal | None, hook: Any) -> None:
-        self._kind, self._journal, self._hook = kind, journal, hook
-        self._keys: list[Hashable] = []
-        self._responses: dict[Hashable, Response] = {}
-        self._open_keys: list[Hashable] = []
-        self.open: list[tuple[Any, ...]] = []
-        self.learnt = self.truncated = 0
-        met: set[Hashable] = set()
-        for number, request in enumerate(arguments):
-            # A request that is sampled may be repeated, and shall be answered differently each time.
-            key = (_key(request), number) if _is_sampled(kind, request) else _key(request)
-            self._keys.append(key)
-            if key in met:
-                continue
-            met.add(key)
-            known = journal.get(kind, request) if journal and not _is_sampled(kind, request) else None
-            if known is None:
-                self.open.append(request)
-                self._open_keys.append(key)
-            else:
-                self._responses[key] = known
-
-    def learn(self, number: int, response: Response, *, truncated: bool = False) -> None:
-        """Takes the answer to one of `open`, and passes it on to the journal and to lm-eval's cache."""
-        request = self.open[number]
-        self._responses[self._open_keys[number]] = response
-        self.learnt += 1
-        self.truncated += truncated
-        if not _is_sampled(self._kind, request):
-            if self._journal:
-                self._journal.add(self._kind, request, response, truncated=truncated)
-            self._hook.add_partial(self._kind, request, response)
-
-    def responses(self) -> list[Any]:
-        """The answer to every request, in the order they came."""
-        return [self._responses[key] for key in self._keys]
-
-
-def _key(arguments: tuple[Any, ...]) -> Hashable:
-    if all(isinstance(argument, str) for argument in arguments):
-        return arguments
-    return json.dumps(arguments, sort_keys=True, default=repr)
-
-
-def _is_sampled(kind: str, arguments: tuple[Any, ...]) -> bool:
-    if kind != "generate_until":
-        return False
-    wish = arguments[1].get("do_sample")
-    return bool(arguments[1].get("temperature") if wish is None else wish)
 
 
 def _parse_integer(name: str, value: Any) -> int | None:
