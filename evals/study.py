@@ -346,7 +346,7 @@ def _test(first: Measured, second: Measured) -> tuple[float, float] | None:
     a, b = first.outcomes, second.outcomes
     if a is not None and b is not None:
         _check_items(a, b)
-        return b.mean - a.mean, p_value_paired(a.values, b.values)[0]
+        return b.mean - a.mean, p_value_paired(a.values, b.values, a.weights)[0]
     found = compare(first, second)
     return None if found is None else (found.difference, found.p_value)
 

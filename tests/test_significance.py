@@ -5,10 +5,19 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+import statsmodels.api
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from evals.significance import bootstrap_interval, compare_paired, compare_published, correlate, holm, trend
+from evals.significance import (
+    bootstrap_interval,
+    compare_paired,
+    compare_published,
+    correlate,
+    holm,
+    p_value_paired,
+    trend,
+)
 
 
 def test_right_or_wrong_outcomes_are_compared_by_mcnemars_exact_test() -> None:
@@ -29,6 +38,24 @@ def test_other_outcomes_are_compared_by_the_paired_t_test() -> None:
     a = rng.random(50)
     b = a + rng.normal(0.05, 0.2, 50)
     assert compare_paired(a, b).p_value == pytest.approx(scipy.stats.ttest_rel(b, a).pvalue)
+
+
+def test_ratios_are_compared_by_regression_through_the_origin() -> None:
+    rng = np.random.default_rng(8)
+    weights = rng.lognormal(6, 1, 30)
+    a, d = rng.normal(0, weights), rng.normal(0.2 * weights, weights)
+    found = compare_paired(a, a + d, weights)
+    fit = statsmodels.api.WLS(d, weights, weights=1 / weights).fit(cov_type="HC2")
+    degrees = weights.sum() ** 2 / np.square(weights).sum() - 1
+    assert found.difference == pytest.approx(fit.params[0])
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(abs(fit.params[0] / fit.bse[0]), degrees))
+    same = np.full(30, 7.0)
+    assert compare_paired(a, a + d, same).p_value == pytest.approx(compare_paired(a, a + d).p_value)
+    assert compare_paired([0.0] * 5, weights[:5] * 0.3, weights[:5]).p_value == pytest.approx(2 * 0.5**5)
+    # Documents of every length are all worse: their lengths are no reason to doubt it, as they are for Student's t.
+    lengths = np.array([400.0, 900, 1500, 2700, 5000])
+    worse = lengths * np.array([0.48, 0.52, 0.5, 0.51, 0.49])
+    assert compare_paired(np.zeros(5), worse, lengths).p_value < 0.01 < compare_paired(np.zeros(5), worse).p_value
 
 
 def test_equal_models_do_not_differ() -> None:
@@ -76,6 +103,13 @@ def test_tests_keep_their_level() -> None:
         a, b = rng.random((2, 100)) < 0.4
         p_values.append(compare_paired(a, b).p_value)
     assert np.mean(np.array(p_values) <= 0.05) <= 0.06  # exact tests of counts are conservative
+    for items in (4, 40):  # documents, whose words are independent or go together
+        for power in (0.5, 1):
+            p_values = []
+            for _ in range(2000):
+                weights = rng.lognormal(6, 0.8, items)
+                p_values.append(p_value_paired(np.zeros(items), weights**power * rng.normal(size=items), weights)[0])
+            assert 0.01 < np.mean(np.array(p_values) <= 0.05) < 0.07
 
 
 def test_holm_is_that_of_statsmodels() -> None:
