@@ -29,18 +29,20 @@ from evals.study_files import EFFICIENCY_FILE, EFFICIENCY_FORMAT, VERSION
 from evals.workloads import BATCHES, SYNTHETIC, SYNTHETIC_PROMPTS, Workload, from_texts, of_paper, synthetic
 from gluprune_jax import devices, generate, make_plan, score, terminal
 from gluprune_jax.atomic import check_file, write_file_atomic
+from gluprune_jax.criteria import find_criterion
 from gluprune_jax.distributed import failing_together, is_main
-from gluprune_jax.documents import DATA_HELP, read_documents
+from gluprune_jax.documents import PYTHON_REFERENCE, read_documents
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.generation import STEPS_PER_CALL, Sampling, decode, empty_state, slots_for
-from gluprune_jax.importance import Scores
+from gluprune_jax.importance import Scores, is_data_driven
 from gluprune_jax.memory import Evaluation
-from gluprune_jax.mesh import mesh_of, on
+from gluprune_jax.mesh import mesh_of, on, shape_of
 from gluprune_jax.model import Llama
 from gluprune_jax.plan import PruningPlan
 
 ALIGNMENT = 128  # lanes of a TPU's vector unit; tensor cores too like multiples of it
 IDLE_SECONDS = 5.0
+PROMPT_TOKENS, NEW_TOKENS = 128, 65
 
 DEFINITIONS = {
     "time to first token": "seconds from a prompt's token ids at the host to its first new token there: prefill "
@@ -97,11 +99,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="cast all weights as they are read, and compute in it")
+    parser.add_argument("--levels", default="0,20,40,60", metavar="LIST", help="percent of the neurons to remove")
     parser.add_argument(
-        "--levels", default="0,20,40,60", metavar="LIST", help="percent of the neurons to remove (default: 0,20,40,60)"
-    )
-    parser.add_argument(
-        "--criterion", default="ppm", metavar="NAME", help="how neurons are chosen; it changes no speed"
+        "--criterion",
+        default="ppm",
+        metavar="NAME",
+        help="how neurons are chosen, by weights alone; it changes no speed",
     )
     parser.add_argument(
         "--no-aligned", action="store_true", help=f"leave out the rows with widths that are multiples of {ALIGNMENT}"
@@ -114,29 +117,41 @@ def parser() -> argparse.ArgumentParser:
         default=SYNTHETIC,
         help="random tokens, or the paper's six workloads: prompts of HellaSwag, MMLU and IFEval at batches 1 and 8",
     )
-    which.add_argument("--prompts", metavar="TEXT", help=f"prompts of your own: {DATA_HELP}")
-    work.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of each random prompt")
+    which.add_argument(
+        "--prompts",
+        metavar="TEXT",
+        help='prompts of your own: a text file with one a line, a .jsonl file with {"text": ...} lines, a folder or a '
+        "data set of documents",
+    )
+    work.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help=f"tokens of each random prompt (default: {PROMPT_TOKENS})"
+    )
     work.add_argument(
         "--new-tokens",
         type=int,
-        default=65,
         metavar="N",
-        help=f"tokens of each answer (default: 65; one more than a multiple of {STEPS_PER_CALL} is timed best)",
+        help=f"tokens of each answer, but for the paper's workloads, which have their own (default: {NEW_TOKENS}; one "
+        f"more than a multiple of {STEPS_PER_CALL} is timed best)",
     )
     work.add_argument(
         "--batch-sizes", default=",".join(map(str, BATCHES)), metavar="LIST", help="prompts generated together"
     )
-    work.add_argument("--most-prompts", type=int, metavar="N", help="of each workload, no more than N prompts")
+    work.add_argument(
+        "--most-prompts",
+        type=int,
+        metavar="N",
+        help=f"of each workload, no more than N prompts (random ones: {SYNTHETIC_PROMPTS}, or the largest batch)",
+    )
     work.add_argument("--data-dir", metavar="DIR", help="data of the paper's workloads, as for python -m evals")
     how = parser.add_argument_group("how")
-    how.add_argument("--repeats", type=int, default=5, metavar="N", help="of everything (default: 5)")
+    how.add_argument("--repeats", type=int, default=5, metavar="N", help="of everything")
     how.add_argument(
         "--output", type=Path, metavar="DIR", help=f"folder for {EFFICIENCY_FILE}, such as that of a study"
     )
     how.add_argument("--overwrite", action="store_true", help=f"replace {EFFICIENCY_FILE}")
     how.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     how.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    devices.add_arguments(parser, "one device where the model fits")
+    devices.add_arguments(parser, "the fewest devices that hold the model; all of several processes")
     return parser
 
 
@@ -153,8 +168,9 @@ def _efficiency(args: argparse.Namespace) -> None:
         if path is not None and is_main():
             check_file(path, overwrite=args.overwrite)
     use_compilation_cache()
-    longest = args.prompt_tokens + args.new_tokens
-    use = Evaluation(cached=longest, decoded=longest, slots=max(batches), on_cpu=jax.default_backend() == "cpu")
+    longest = (args.prompt_tokens or PROMPT_TOKENS) + (args.new_tokens or NEW_TOKENS)
+    on_cpu = jax.default_backend() == "cpu"
+    use = Evaluation(cached=longest, decoded=longest, slots=max(batches), on_cpu=on_cpu, has_replicas=False)
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(
             args.model,
@@ -167,7 +183,8 @@ def _efficiency(args: argparse.Namespace) -> None:
         workloads = _workloads(args, checkpoint, batches)
         _check_workloads(checkpoint, workloads, max(batches))
         targets = _targets(score(checkpoint.model, args.criterion), levels, aligned=not args.no_aligned)
-    meter = EnergyMeter(checkpoint.model.embed_tokens[...].sharding.device_set)
+    used = checkpoint.model.embed_tokens[...].sharding.device_set
+    meter = EnergyMeter(used)
     idle = meter.idle_watts(IDLE_SECONDS)
     rows = []
     total = len(targets) * len(workloads) * len(batches)
@@ -184,7 +201,7 @@ def _efficiency(args: argparse.Namespace) -> None:
         "version": VERSION,
         "model": args.model,
         "dtype": checkpoint.model.embed_tokens[...].dtype.name,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "devices": f"{len(used)} x {jax.devices()[0].device_kind}",
         "jax": importlib.metadata.version("jax"),
         "repeats": args.repeats,
         "energy": {"sources": meter.sources, "unavailable": meter.unavailable, "idle_watts": idle},
@@ -215,6 +232,20 @@ def _check_request(args: argparse.Namespace) -> tuple[list[float], list[int]]:
     batches = _numbers("--batch-sizes", args.batch_sizes)
     if wrong := [batch for batch in batches if not (math.isfinite(batch) and batch >= 1 and batch == int(batch))]:
         raise RequestError(f"--batch-sizes has {wrong[0]:g}; whole numbers from 1 are accepted")
+    for flag, has_use in (
+        ("prompt_tokens", args.prompts is None and args.workload == SYNTHETIC),
+        ("new_tokens", args.workload == SYNTHETIC),
+        ("data_dir", args.workload != SYNTHETIC),
+    ):
+        if getattr(args, flag) is not None and not has_use:
+            what = "these prompts" if args.prompts else f"the {args.workload} workload"
+            raise RequestError(f"nothing looks at --{flag.replace('_', '-')} with {what}; leave it out")
+    if args.most_prompts is not None and args.most_prompts < max(batches):
+        raise RequestError(
+            f"--most-prompts is {args.most_prompts}, and --batch-sizes has {max(batches):g}, which takes as many"
+        )
+    if is_data_driven(find_criterion(args.criterion)[1]):
+        raise RequestError(f"--criterion {args.criterion} looks at activations; give one of weights alone, such as ppm")
     if args.workload == "paper":
         check_installed()
     return levels, [int(batch) for batch in batches]
@@ -230,17 +261,22 @@ def _numbers(flag: str, text: str) -> list[float]:
 def _workloads(args: argparse.Namespace, checkpoint: convert.Checkpoint, batches: Sequence[int]) -> list[Workload]:
     if args.prompts is None and args.workload == SYNTHETIC:
         count = max(min(args.most_prompts or SYNTHETIC_PROMPTS, SYNTHETIC_PROMPTS), *batches)
-        return [synthetic(checkpoint.config.vocab_size, args.prompt_tokens, args.new_tokens, count)]
+        lengths = args.prompt_tokens or PROMPT_TOKENS, args.new_tokens or NEW_TOKENS
+        return [synthetic(checkpoint.config.vocab_size, *lengths, count)]
     tokenizer = load_tokenizer(checkpoint)
     if args.prompts is None:
         tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
         return of_paper(tokenize, data_folder(args.data_dir), args.most_prompts)
-    documents = read_documents(args.prompts, "--prompts")
-    texts = [document for document in documents if isinstance(document, str)]
-    if not args.prompts.endswith(".jsonl"):  # there each record is one prompt
+    texts = []
+    for document in read_documents(args.prompts, "--prompts"):
+        if not isinstance(document, str):
+            raise RequestError(f"--prompts {args.prompts} holds conversations; give plain text")
+        texts.append(document)
+    if args.prompts != PYTHON_REFERENCE and Path(args.prompts).is_file() and not args.prompts.endswith(".jsonl"):
         texts = [line for text in texts for line in text.splitlines() if line]
     texts = texts[: args.most_prompts]
-    return [from_texts(args.prompts, texts, functools.partial(encode_prompt, tokenizer), args.new_tokens)]
+    tokenize = functools.partial(encode_prompt, tokenizer)
+    return [from_texts(args.prompts, texts, tokenize, args.new_tokens or NEW_TOKENS)]
 
 
 def _check_workloads(checkpoint: convert.Checkpoint, workloads: Sequence[Workload], batch: int) -> None:
@@ -363,8 +399,10 @@ def decode_memory(model: Llama, batch: int, longest: int) -> int | None:
     """Bytes of one device that the decode program holds, by the compiler; None where it does not say."""
     config, params = model.config, nnx.state(model, nnx.Param)
     dtype = model.embed_tokens[...].dtype
-    with on(mesh_of(model)):
-        state = jax.eval_shape(lambda: empty_state(config, batch, slots_for(longest), dtype))
+    mesh = mesh_of(model)
+    slots = math.ceil(batch / shape_of(mesh).data) * shape_of(mesh).data  # as many in each replica
+    with on(mesh):
+        state = jax.eval_shape(lambda: empty_state(config, slots, slots_for(longest), dtype))
         sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
         analysis = decode.lower(config, params, state, sampling, None).compile().memory_analysis()
     if analysis is None:

@@ -55,6 +55,7 @@ class Evaluation:
       rows: rows of 512 tokens that each replica runs at once.
       slots: sequences that each replica decodes together.
       on_cpu: whether the devices are CPUs, which hold float32 copies of narrower weights and caches.
+      has_replicas: whether more devices than hold the model are put to use; else what one replica does is looked at.
     """
 
     cached: int
@@ -62,6 +63,7 @@ class Evaluation:
     rows: int = 4
     slots: int = 8
     on_cpu: bool = False
+    has_replicas: bool = True
 
     def within(self, window: int) -> "Evaluation":
         """The same with no sequence of more tokens than `window`."""
@@ -285,8 +287,9 @@ def choose_mesh(model: Llama, devices: int, capacity: int | None, use: Evaluatio
     """The mesh of `--mesh auto`.
 
     Pruning divides one model over all devices; from file to file it is the work of one. Evaluation holds as many
-    replicas as fit: it spreads each over the fewest devices, a divisor of their number, that have the memory. Where
-    none of these fit, it is the mesh that asks for least (`check_fits` refuses it).
+    replicas as fit, if it has more than one: it spreads each over the fewest devices, a divisor of their number, that
+    have the memory (of several processes a single replica is spread over all). Where none of these fit, it is the mesh
+    that asks for least (`check_fits` refuses it).
 
     Args:
       model: may be abstract; its dtypes count.
@@ -297,6 +300,8 @@ def choose_mesh(model: Llama, devices: int, capacity: int | None, use: Evaluatio
     """
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     candidates = [MeshShape(devices // size, size) for size in sizes]
+    if isinstance(use, Evaluation) and not use.has_replicas:
+        candidates = [MeshShape(1, size) for size in sizes if jax.process_count() == 1 or size == devices]
     if isinstance(use, Pruning):
         candidates = [MeshShape(1, 1)] if use.stream else candidates[-1:]
     if capacity is None:

@@ -226,7 +226,19 @@ def test_prompts_of_ones_own(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert row["workload"] == str(tmp_path / "questions.txt")
 
 
+def test_one_device_of_many_is_measured(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = ("--levels", "0", "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--batch-sizes", 1)
+    memory = {}
+    for mesh, devices in (("auto", 1), ("data=1", 1), ("data=2,model=2", 4)):
+        found = report(capsys, "--model", model, *work, "--mesh", mesh)
+        assert found["devices"].startswith(f"{devices} x ")
+        memory[mesh] = found["rows"][0]["memory_bytes"]
+    assert memory["auto"] == memory["data=1"] > memory["data=2,model=2"] > 0
+
+
 def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     for options, message in (
         (["--levels", "0,100"], "--levels has 100"),
         (["--levels", "x"], "--levels is 'x'"),
@@ -236,7 +248,15 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--repeats", 0], "--repeats is 0"),
         (["--prompt-tokens", 600], "the model's window 512"),
         (["--prompts", tmp_path / "none.txt"], "none.txt"),
-        (["--criterion", "hybrid"], "calibration"),
+        (["--criterion", "hybrid"], "--criterion hybrid looks at activations; give one of weights alone"),
+        (
+            ["--prompts", "python-reference", "--prompt-tokens", 9],
+            "nothing looks at --prompt-tokens with these prompts",
+        ),
+        (["--workload", "paper", "--new-tokens", 9], "nothing looks at --new-tokens with the paper workload"),
+        (["--data-dir", tmp_path], "nothing looks at --data-dir with the synthetic workload"),
+        (["--most-prompts", 2], "--most-prompts is 2, and --batch-sizes has 8, which takes as many"),
+        (["--prompts", chat], "holds conversations; give plain text"),
     ):
         status, out, err = run(capsys, "--model", model, "--mesh", "data=1", *options)
         assert (status, out) == (2, ""), err

@@ -272,6 +272,13 @@ def test_evaluation_holds_as_many_replicas_as_fit(name: str, devices: int, gibib
     assert shape == MeshShape(devices // model, model)
 
 
+def test_a_single_replica_takes_the_fewest_devices() -> None:
+    one = dataclasses.replace(EVALUATION, has_replicas=False)
+    for name, size in (("Llama-3.2-1B", 1), ("Llama-3.1-8B", 2)):
+        assert choose_mesh(llama(name), 8, 16 * GiB, one) == MeshShape(1, size)
+    assert choose_mesh(llama("Llama-3.1-70B"), 8, None, one) == MeshShape(1, 1)
+
+
 def test_weights_by_arithmetic() -> None:
     model = llama("Llama-3.1-70B")
     whole = 2 * LLAMA["Llama-3.1-70B"].num_parameters
