@@ -194,6 +194,7 @@ def _sweep(args: argparse.Namespace, command: str) -> None:
         _about(args, checkpoint, benchmarks, items, windows),
         is_row=is_sweep_row,
         overwrite=args.overwrite,
+        optional=("calibration",),
     )
     chooser = Chooser(
         checkpoint.model,

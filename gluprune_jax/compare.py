@@ -156,6 +156,7 @@ def _compare(args: argparse.Namespace) -> None:
         },
         is_row=_is_row,
         overwrite=args.overwrite,
+        optional=("calibration",),
     )
     for row in run(wanted, targets, args.seeds, chooser, meter, results):
         if not args.json:

@@ -1,7 +1,7 @@
 """Rows of a table that takes hours to compute, in a file that is whole whenever it is looked at."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Rows:
         *,
         is_row: Callable[[int, Any], bool],
         overwrite: bool,
+        optional: Collection[str] = (),
     ) -> "Rows":
         """Those in `path`, if they are of the same thing; else new ones.
 
@@ -39,6 +40,7 @@ class Rows:
           about: what they are of, as JSON; "format" says what kind of file it is.
           is_row: whether what stands in a file at some position could have been written there.
           overwrite: begins anew where the file is of something else.
+          optional: entries that are None as long as no row needs them; they may come later, and stay.
 
         Raises:
           RequestError: the file is of another comparison or study and `overwrite` is false, or of another kind.
@@ -50,17 +52,22 @@ class Rows:
             if is_main() and path is not None and path.exists():
                 found = _read(path, document["format"], is_row)
                 rows = found.pop("rows")
-                if found != document:
-                    missing = object()
-                    keys = {**document, **found}
-                    different = next(key for key in keys if document.get(key, missing) != found.get(key, missing))
-                    if not overwrite:
-                        raise RequestError(
-                            f"{path} is of another {_kind(document)}: its {different} differs; choose another "
-                            f"--output, or replace it with --overwrite"
-                        )
+                known = {key: found[key] for key in optional if document[key] is None and found.get(key) is not None}
+                later = {key: document[key] for key in optional if key in found and found[key] is None}
+                asked, found = {**document, **known}, {**found, **later}
+                if found == asked:
+                    document = asked
+                elif overwrite:
                     rows = []
-        return cls(path, {**document, "rows": json.loads(broadcast_from_main(json.dumps(rows).encode()))})
+                else:
+                    missing = object()
+                    keys = {**asked, **found}
+                    different = next(key for key in keys if asked.get(key, missing) != found.get(key, missing))
+                    raise RequestError(
+                        f"{path} is of another {_kind(document)}: its {different} differs; choose another --output, or "
+                        f"replace it with --overwrite"
+                    )
+        return cls(path, json.loads(broadcast_from_main(json.dumps({**document, "rows": rows}).encode())))
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row that has these entries, if it is known."""

@@ -103,24 +103,32 @@ def test_more_levels_and_methods_join_a_study(
     text.write_text("all neurons are equal, but some neurons are more equal than others. " * 40)
     calibration = ("--calibration", text, "--calibration-tokens", 512, "--calibration-window", 64, "--items", 4)
     output = tmp_path / "study"
+    report(capsys, *arguments(model, tasks, output, "--items", 4, "--methods", "ppm", "--levels", 20))
     report(capsys, *arguments(model, tasks, output, *calibration, "--methods", "hybrid", "--levels", 20))
+    report(capsys, *arguments(model, tasks, output, "--items", 4, "--methods", "ppm", "--levels", 40))
     first = (output / "sweep.json").read_text()
     more = ("--methods", "hybrid", "hybrid+least-squares", "--expansion-ratio", "1.0")
     found = report(capsys, *arguments(model, tasks, output, *calibration, *more))
     assert [(point["method"], point["level"]) for point in found["points"]] == [
         (DENSE, DENSE),
+        ("ppm", "20 %"),
         ("hybrid", "20 %"),
+        ("ppm", "40 %"),
         ("hybrid", "1x"),
         ("hybrid+least-squares", "1x"),
     ]
-    assert json.loads(first)["rows"] == json.loads((output / "sweep.json").read_text())["rows"][:2]
-    assert set(found["groups"]) == {"hybrid", "hybrid+least-squares"}
+    assert json.loads(first)["rows"] == json.loads((output / "sweep.json").read_text())["rows"][:4]
+    assert set(found["groups"]) == {"ppm", "hybrid", "hybrid+least-squares"}
     whole = (output / "sweep.json").read_text()
     report(capsys, *arguments(model, tasks, output, *calibration, *more))  # nothing is left to do
     assert (output / "sweep.json").read_text() == whole
     status, out, err = run(capsys, *arguments(model, tasks, output, *calibration[:-1], 5, "--methods", "hybrid"))
     assert (status, out) == (2, "")
     assert "is of another sweep: its items differs" in err
+    other = ("--calibration-tokens", 256, "--methods", "hybrid")
+    status, out, err = run(capsys, *arguments(model, tasks, output, *calibration, *other))
+    assert (status, out) == (2, "")
+    assert "is of another sweep: its calibration differs" in err
 
 
 def test_what_cannot_be_is_refused_before_anything_is_evaluated(
