@@ -6,7 +6,7 @@
                 time (and compensated, where that is asked for). The costs of layers add up nearly, and grow with the
                 share p of neurons removed about as `p^EXPONENT`; the shares are those with the smallest sum of costs
 
-In all of them the layers that are pruned keep together no more neurons than the target leaves, each at least the share
+In the last two the layers that are pruned keep together no more neurons than the target leaves, each at least the share
 `floor` of its own, in multiples of `multiple_of` unless it stays whole.
 """
 
@@ -72,8 +72,8 @@ def by_cost(
     """Widths that make the sum of `cost_i p_i^exponent` smallest, with p the share of its neurons that layer i loses.
 
     Args:
-      costs: what it costs to prune each layer alone, at the same share; what is below a hundredth of the mean counts as
-        that much.
+      costs: what it costs to prune each layer alone, at the same share, finite; what is below a hundredth of the mean
+        counts as that much.
       sizes: F of each layer.
       budget: how many neurons are kept in all.
       floor: the least share of its neurons that a layer keeps.
@@ -82,10 +82,7 @@ def by_cost(
 
     Raises:
       RequestError: a floor that is no share, or that leaves no room in the budget.
-      OperationError: costs that are not finite.
     """
-    if not np.isfinite(costs).all():
-        raise OperationError(f"pruning layer {int(np.argmin(np.isfinite(costs)))} alone costs no finite loss")
     least = _least(sizes, budget, floor, multiple_of)
     widths, most = np.array(sizes, float), 1 - np.array(least) / np.array(sizes)
     cost = np.maximum(np.asarray(costs, np.float64), 0)
@@ -154,7 +151,7 @@ def layer_costs(
       on_layer: called with the index of each layer that is done.
 
     Raises:
-      RequestError, OperationError: as for `compensation.compensate`.
+      RequestError, OperationError: as for `compensation.compensate`; and a cost that is not finite.
     """
     plan.check_fits(model.config)
     L, mesh, masks = model.config.num_hidden_layers, mesh_of(model), plan.masks(model.config)
@@ -182,4 +179,7 @@ def layer_costs(
         if on_layer:
             on_layer(i)
     dense = stream.loss()
-    return [0.0 if loss is None else loss - dense for loss in losses]
+    costs = [0.0 if loss is None else loss - dense for loss in losses]
+    if not np.isfinite(costs).all():
+        raise OperationError(f"pruning layer {int(np.argmin(np.isfinite(costs)))} alone costs no finite loss")
+    return costs

@@ -133,7 +133,7 @@ def check_statistics(name: str, function: Criterion, statistics: Statistics | No
     if "sensitivity" in inputs_of(function) and any(layer.sensitivity is None for layer in statistics.layers):
         raise RequestError(
             f"criterion {name!r} looks at the sensitivity of the loss, which these statistics lack; "
-            f"collect them with --criterion taylor"
+            f"collect them with --criterion taylor, or give --calibration TEXT too"
         )
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from convert import Checkpoint
 from convert.tokenizer import encode_documents, load_tokenizer, separator
 from gluprune_jax.allocation import ALLOCATIONS, FLOOR
-from gluprune_jax.criteria import CRITERIA, find_criterion
+from gluprune_jax.criteria import CRITERIA, find_criterion, inputs_of
 from gluprune_jax.documents import DATA_HELP, Messages
 from gluprune_jax.errors import RequestError
 from gluprune_jax.methods import Method
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same width for all layers, or one budget over them: by score, or by the measured cost of each layer",
     )
     which.add_argument(
-        "--floor", type=float, default=FLOOR, metavar="X", help="the least share of its neurons that a layer keeps"
+        "--floor", type=float, default=FLOOR, metavar="X", help="the least share a layer keeps, if they differ"
     )
     which.add_argument(
         "--compensate",
@@ -87,11 +87,6 @@ def method_of(args: argparse.Namespace, *, needs_statistics: bool = False) -> Me
         args.in_order,
         args.seed,
     )
-    if args.in_order and not (method.is_compensated or method.needs_statistics):
-        raise RequestError(
-            f"--in-order changes nothing for --criterion {args.criterion}, which looks at weights alone; "
-            f"add --compensate least-squares or leave it out"
-        )
     check_calibration_request(args, [method])
     if args.statistics_out and args.statistics:
         raise RequestError(
@@ -101,7 +96,15 @@ def method_of(args: argparse.Namespace, *, needs_statistics: bool = False) -> Me
         raise RequestError("--statistics-out saves what --calibration collects; give --calibration TEXT too")
     if needs_statistics and not (args.calibration or args.statistics):
         raise RequestError("--drop-least looks at what layers do to text; give --calibration TEXT or --statistics FILE")
-    needs_text = method.needs_text or ((method.needs_statistics or needs_statistics) and not args.statistics)
+    looks_at_statistics = method.needs_statistics or needs_statistics
+    if args.statistics and not looks_at_statistics:
+        raise RequestError(
+            "nothing looks at --statistics; give a criterion that does (hybrid, activation, wanda, taylor), or leave "
+            "it out"
+        )
+    # Sensitivities are another pass over the text: statistics may be without.
+    may_add = "sensitivity" in inputs_of(find_criterion(args.criterion)[1])
+    needs_text = method.needs_text or (looks_at_statistics and (may_add or not args.statistics))
     if args.calibration and not (needs_text or args.statistics_out):
         raise RequestError(
             "nothing looks at --calibration; give a criterion that does (hybrid, activation, wanda, taylor), "
@@ -127,7 +130,16 @@ def check_calibration_request(args: argparse.Namespace, methods: Sequence[Method
             f"--calibration-tokens is {args.calibration_tokens}, less than the {args.calibration_window} of one "
             f"window; give more, or a smaller --calibration-window"
         )
+    if args.floor != FLOOR and all(method.allocation == "uniform" for method in methods):
+        raise RequestError(
+            f"nothing looks at --floor, which is {args.floor:g}: without an allocation (global, measured) all layers "
+            f"keep the same share"
+        )
     for method in methods:
+        if method.in_order and not method.depends_on_order:
+            raise RequestError(
+                f"in order, {method.criterion} chooses the same neurons; add least squares, or leave the order out"
+            )
         if method.needs_text and not args.calibration:
             what = "--in-order" if method.in_order else "--allocation measured"
             what = "--compensate least-squares" if method.is_compensated else what

@@ -37,7 +37,8 @@ class Method:
       allocation: one of `ALLOCATIONS`.
       floor: the least share of its neurons that a layer keeps, where layers differ.
       is_compensated: whether down_proj is refitted by least squares.
-      in_order: whether each layer is scored on, and fitted to, what the pruned ones before it give.
+      in_order: whether each layer is scored on, and fitted to, what the pruned ones before it give (but for
+        sensitivities, which are the dense model's).
       seed: of criteria that draw random numbers.
     """
 
@@ -74,6 +75,12 @@ class Method:
     def needs_statistics(self) -> bool:
         """Whether the criterion looks at activations."""
         return is_data_driven(find_criterion(self.criterion)[1])
+
+    @property
+    def depends_on_order(self) -> bool:
+        """Whether pruning in order gives another model: `sensitivity` is the dense model's in any order."""
+        inputs = inputs_of(find_criterion(self.criterion)[1])
+        return self.is_compensated or not {"activation_norm", "mean_magnitude"}.isdisjoint(inputs)
 
     @property
     def needs_grams(self) -> bool:
@@ -245,6 +252,8 @@ class Chooser:
                 costs = layer_costs(self._model, self._text(), uniform, grams=grams, on_layer=progress)
             found = by_cost([costs[i] for i in chosen], sizes, budget, floor=method.floor, multiple_of=multiple_of)
             about["costs"] = [round(cost, 6) for cost in costs]
+            if scores.calibration is None:
+                scores = dataclasses.replace(scores, calibration=describe_windows(self._text(), self._names))
         widths = list(scores.intermediate_sizes)
         for i, width in zip(chosen, found, strict=True):
             widths[i] = width

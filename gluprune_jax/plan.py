@@ -107,7 +107,8 @@ class PruningPlan:
       fingerprint: identifies those weights (see `importance.score`).
       request: the target as it was asked for.
       versions: of this package and of jax.
-      calibration: the text whose statistics the criterion or the widths come from (`calibration.describe_windows`).
+      calibration: the text that the choice of neurons, widths or layers comes from, or that down projections were
+        refitted to (`calibration.describe_windows`).
       dropped_layers: the layers that are removed whole, attention and MLP, ascending.
     """
 

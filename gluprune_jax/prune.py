@@ -30,6 +30,7 @@ from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, l
 from evals.perplexity import Perplexity, perplexity
 from gluprune_jax import devices, method_options, methods, terminal
 from gluprune_jax.activation_statistics import Statistics
+from gluprune_jax.allocation import FLOOR
 from gluprune_jax.atomic import check_file, check_target
 from gluprune_jax.distributed import check_same, failing_together, is_main
 from gluprune_jax.documents import DATA_HELP, evaluation_text, read_documents
@@ -336,11 +337,12 @@ def _check_request(args: argparse.Namespace) -> list[str]:
         raise RequestError("nothing to do: give --output DIR, --plan-out FILE or --dry-run")
     if args.plan and args.plan_out:
         raise RequestError("--plan-out would copy --plan; give one of them")
-    makes_plan = (args.layers, args.multiple_of, args.criterion, args.allocation, args.in_order, args.statistics_out)
-    if args.plan and (drops or makes_plan != (None, 1, "ppm", "uniform", False, None)):
+    makes_plan = (args.layers, args.multiple_of, args.criterion, args.allocation, args.floor, args.in_order)
+    statistics = args.statistics or args.statistics_out
+    if args.plan and (drops or statistics or makes_plan != (None, 1, "ppm", "uniform", FLOOR, False)):
         raise RequestError(
             "--plan decides what is kept; --criterion, --layers, --drop-layers, --drop-least, --multiple-of, "
-            "--allocation, --in-order and --statistics-out go with making one"
+            "--allocation, --floor, --in-order, --statistics and --statistics-out go with making one"
         )
     if drops and not has_width and (args.layers is not None or args.multiple_of != 1):
         raise RequestError(WIDTHLESS)
@@ -458,6 +460,8 @@ def _choose(args: argparse.Namespace, checkpoint: convert.Checkpoint, chooser: m
     (pruned,) = chooser.choose(_method(args), [{**target, "multiple_of": args.multiple_of}])
     if args.drop_least is not None and (found := chooser.statistics()):
         found.check_fits(checkpoint.config, pruned.plan.fingerprint)
+        calibration = pruned.plan.calibration or dict(found.texts)
+        pruned = dataclasses.replace(pruned, plan=dataclasses.replace(pruned.plan, calibration=calibration))
     return pruned
 
 
@@ -471,9 +475,18 @@ class _Measurements:
         self._perplexity: dict[str, Perplexity] = {}
         self._answers: dict[str, str] = {}
         self._tokens: list[int] = []
-        for text in texts:
-            self._tokens += encode_text(self._tokenizer, text)
-        self._tokens = self._tokens[: args.evaluate_tokens]
+        self._texts: list[str] = []  # those that the tokens are of
+        for name, text in zip(args.evaluate or (), texts, strict=True):
+            if len(self._tokens) == args.evaluate_tokens:
+                terminal.stderr().print(
+                    f"note: {name} is not looked at: the texts before it have the {args.evaluate_tokens:,} tokens of "
+                    f"--evaluate-tokens",
+                    style="dim",
+                    markup=False,
+                )
+                continue
+            self._texts.append(name)
+            self._tokens += encode_text(self._tokenizer, text)[: args.evaluate_tokens - len(self._tokens)]
 
     def take(self, stage: str, model: Llama, masks: Masks = None) -> None:
         self._take_perplexity(stage, model, masks)
@@ -498,7 +511,7 @@ class _Measurements:
                 self._tokens,
                 window=self._args.window,
                 neuron_masks=masks,
-                texts=self._args.evaluate,
+                texts=self._texts,
                 on_tokens=progress,
             )
 

@@ -103,8 +103,6 @@ def test_refusals() -> None:
         by_score(ones, 10, floor=1)
     with pytest.raises(RequestError, match=r"--floor 0.9 keeps at least 18 neurons, and the target leaves 10"):
         by_score(ones, 10, floor=0.9)
-    with pytest.raises(OperationError, match="pruning layer 1 alone costs no finite loss"):
-        by_cost([1.0, math.nan], [10, 10], 10)
 
 
 # ----------------------------------------------------------------------------------------------------------- costs
@@ -146,6 +144,15 @@ def test_costs_on_fewer_tokens_and_of_layers_that_stay_whole(model: Llama, windo
     measured = windows[[0, 3]]  # spread over the text
     expected = loss(model, measured, alone) - loss(model, measured)
     assert found[2] == pytest.approx(expected, rel=1e-3, abs=2e-5)
+
+
+def test_a_cost_that_is_not_finite_names_the_layer(model: Llama, windows: NDArray[np.int32]) -> None:
+    plan = make_plan(score(model), prune_percent=40, layers=[1, 2])
+    broken = with_down_projections(
+        model, [model.layers[i].mlp.down_proj[...] * (np.inf if i == 2 else 1) for i in range(3)]
+    )
+    with pytest.raises(OperationError, match="pruning layer 1 alone costs no finite loss"):
+        layer_costs(broken, windows, plan)
 
 
 def test_meshes_give_the_same_costs(model: Llama, windows: NDArray[np.int32]) -> None:

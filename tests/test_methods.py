@@ -100,6 +100,14 @@ def test_statistics_are_collected_once_and_used_again(
     for criterion in DATA_DRIVEN:  # from file to file, for the model need not run
         report(capsys, *again, "--width", 20, "--criterion", criterion, "--stream", "--dry-run")
     assert Statistics.load(saved).texts["tokens"] == 640
+    # What they lack can be added to them.
+    fewer = tmp_path / "fewer.npz"
+    report(capsys, *argv, "--width", 20, "--criterion", "hybrid", "--statistics-out", fewer, "--overwrite")
+    taylor = ("--statistics", fewer, "--prune-percent", 40, "--criterion", "taylor", "--overwrite")
+    status, _, err = run(capsys, "--model", folder / "model", *taylor, "--output", tmp_path / "out")
+    assert status == 2
+    assert "which these statistics lack; collect them with --criterion taylor, or give --calibration TEXT too" in err
+    assert report(capsys, *argv, *taylor)["plan"] == first["plan"]
 
 
 @pytest.mark.parametrize("criterion", ["ppm", "hybrid", "random"])
@@ -279,6 +287,18 @@ def test_words_that_are_no_method(text: str, message: str) -> None:
         Method.parse(text)
 
 
+def test_texts_that_are_not_measured_are_not_named(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    texts = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for text in texts:
+        text.write_text("word " * 30)
+    argv = ["--model", folder / "model", "--width", 20, "--output", tmp_path / "out", "--window", 16, "--json"]
+    status, out, err = run(capsys, *argv, "--evaluate", *texts, "--evaluate-tokens", 200)
+    assert status == 0, err
+    definition = json.loads(out)["evaluation"]["definition"]
+    assert (str(texts[1]) in definition, str(texts[2]) in definition) == (True, False)
+    assert f"note: {texts[2]} is not looked at: the texts before it have the 200 tokens" in err
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -300,10 +320,17 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         ([*weights, "--criterion", "hybrid"], "--criterion hybrid looks at activations; give --calibration TEXT or"),
         ([*weights, "--compensate", "least-squares"], "--compensate least-squares runs the model on calibration text"),
         ([*weights, "--allocation", "measured"], "--allocation measured runs the model on calibration text"),
-        ([*weights, "--in-order"], "--in-order changes nothing for --criterion ppm"),
+        ([*text, "--in-order"], "in order, ppm chooses the same neurons; add least squares"),
+        ([*text, "--criterion", "taylor", "--in-order"], "in order, taylor chooses the same neurons"),
+        ([*weights, "--floor", "0.5"], "nothing looks at --floor, which is 0.5"),
+        ([*weights, "--statistics", "x.npz"], "nothing looks at --statistics; give a criterion that does"),
+        (
+            [*weights[:4], "--plan", "p.json", "--statistics", "x.npz"],
+            "--statistics and --statistics-out go with",
+        ),
         ([*weights, "--floor", "1"], "--floor is 1; it must be a share from 0 and below 1"),
         ([*weights, "--statistics-out", "x.npz"], "--statistics-out saves what --calibration collects"),
-        ([*weights, "--statistics", data / "none.npz"], "cannot read the statistics"),
+        ([*weights, "--criterion", "wanda", "--statistics", data / "none.npz"], "cannot read the statistics"),
         (text, "nothing looks at --calibration"),
         ([*weights, "--drop-least", "1"], "--drop-least looks at what layers do to text; give --calibration TEXT or"),
         (
