@@ -50,7 +50,7 @@ Prunes one model in several ways to several sizes, and compares the perplexities
 Nothing is sliced: neurons are scored once, each choice is a mask of the same compiled programs. A method is a
 criterion, and behind it what else is done: hybrid, ppm+least-squares, hybrid+global+least-squares+in-order.
 
-With --output, every number is written down as soon as it is known; the same command goes on where it was.
+With --output, each model's numbers are written down as soon as they are known; the same command goes on from there.
 
 examples:
   python -m gluprune_jax.compare --model demo --methods ppm l2 random --prune-percent 10 20 40 \\
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--evaluate-tokens", type=int, default=8192, metavar="N", help="tokens of each text to use")
     measure.add_argument("--window", type=int, default=512, metavar="N", help="tokens a perplexity window holds")
     measure.add_argument("--tasks", metavar="LIST", help="benchmarks, as for python -m evals")
-    measure.add_argument("--limit", type=int, metavar="N", help="the first N items of each benchmark")
+    measure.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
     measure.add_argument("--data-dir", metavar="DIR", help="data of the benchmarks, as for python -m evals")
     output = parser.add_argument_group("what to write")
     output.add_argument(

@@ -24,7 +24,8 @@ _MOST_HUB_DOCUMENTS = 100_000
 DATA_HELP = (
     "text files, each one document; .jsonl files with a document a line, "
     '{"text": ...} or {"messages": [...]} for the model\'s chat template; folders of these; hub data sets as '
-    f"hub:OWNER/NAME[/CONFIG][@SPLIT]; '{PYTHON_REFERENCE}' is a text that every Python carries"
+    f"hub:OWNER/NAME[/CONFIG][@SPLIT] (their first {_MOST_HUB_DOCUMENTS:,} documents); "
+    f"'{PYTHON_REFERENCE}' is a text that every Python carries"
 )
 
 Messages = list[dict[str, Any]]

@@ -56,8 +56,9 @@ Masks = tuple[NDArray[np.float32], ...] | None
 
 DESCRIPTION = """\
 Removes the least important neurons of the gated MLP layers of a Llama-family model (arXiv 2512.22671), whole decoder
-layers, or both, and writes a smaller checkpoint that stock transformers loads. Unless something is measured, the
-weights of a Hugging Face folder or hub id go from file to file, a few tensors at a time, whatever the model's size.
+layers, or both, and writes a smaller checkpoint that stock transformers loads. Where the model need not run
+(--evaluate, --sample, --calibration) and one device does the work, the weights of a Hugging Face folder or hub id go
+from file to file, a few tensors at a time, whatever the model's size.
 
 examples:
   python -m gluprune_jax.prune --model demo --expansion-ratio 2.4 --output smollm2-2.4x
@@ -137,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--random-baseline", action="store_true", help="also the perplexity with as many neurons removed at random"
     )
-    measure.add_argument("--seed", type=int, default=0, help="of the random baseline, and of --criterion random")
+    measure.add_argument(
+        "--seed", type=int, default=0, help="of the random baseline, and of criteria that draw random numbers"
+    )
     measure.add_argument("--sample", metavar="PROMPT", help="greedy answer, in the chat template if the model has one")
     measure.add_argument("--sample-tokens", type=int, default=64, metavar="N", help="most tokens of the answer")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -35,6 +35,8 @@ from gluprune_jax.training import Objective, Schedule
 from gluprune_jax.training_checkpoints import TrainingCheckpoints
 from gluprune_jax.training_memory import choose_training_mesh
 
+LORA_RANK, LORA_ALPHA = 16, 32.0
+
 DESCRIPTION = """\
 Trains a pruned model so that it recovers: by distillation from the dense model (--teacher), or by plain language
 modelling. All windows of the data are shuffled anew in every epoch. A run that was killed goes on from its last
@@ -67,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help=f"{' and/or '.join(FORMATS)}, comma-separated; orbax goes to DIR/orbax",
     )
-    output.add_argument("--overwrite", action="store_true", help="replace the model that is at DIR, and the log")
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace the model that is at DIR, and what --log names"
+    )
     output.add_argument("--log", type=Path, metavar="FILE", help="JSON lines, one a step (default: DIR.recovery.jsonl)")
     output.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="to go on from (default: the output's .recovery)"
@@ -79,9 +83,9 @@ def parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is trained")
     what.add_argument("--train", choices=WHAT, default="all", help="all weights, those of the MLPs, or adapters")
     what.add_argument(
-        "--lora-rank", type=int, default=16, metavar="R", help="of the adapters, which the output has merged"
+        "--lora-rank", type=int, default=LORA_RANK, metavar="R", help="of the adapters, which the output has merged"
     )
-    what.add_argument("--lora-alpha", type=float, default=32.0, metavar="A", help="adapters are scaled by A / R")
+    what.add_argument("--lora-alpha", type=float, default=LORA_ALPHA, metavar="A", help="adapters are scaled by A / R")
 
     losses = parser.add_argument_group("losses")
     losses.add_argument("--kl-weight", type=float, metavar="W", help="of the distillation (1 with a teacher, else 0)")
@@ -229,14 +233,19 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         raise RequestError(f"--lora-alpha is {args.lora_alpha:g}; it must be a finite number above 0")
     if args.lora_rank < 1:
         raise RequestError(f"--lora-rank is {args.lora_rank}; it must be at least 1")
+    if args.train != "lora" and (args.lora_rank, args.lora_alpha) != (LORA_RANK, LORA_ALPHA):
+        raise RequestError(f"--lora-rank and --lora-alpha are of adapters, and --train is {args.train}; leave them out")
+    objective = Objective(
+        kl=float(args.teacher is not None) if args.kl_weight is None else args.kl_weight,
+        ce=float(args.teacher is None) if args.ce_weight is None else args.ce_weight,
+        hidden=args.hidden_weight,
+        temperature=args.temperature,
+    )
+    if objective.temperature != 1 and not objective.kl:
+        raise RequestError("--temperature is of the distillation, which has no weight; give --teacher or leave it out")
     return Recipe(
         schedule=schedule,
-        objective=Objective(
-            kl=float(args.teacher is not None) if args.kl_weight is None else args.kl_weight,
-            ce=float(args.teacher is None) if args.ce_weight is None else args.ce_weight,
-            hidden=args.hidden_weight,
-            temperature=args.temperature,
-        ),
+        objective=objective,
         trainable=Trainable(args.train, args.lora_rank, args.lora_alpha),
         batch_size=args.batch_size,
         accumulate=args.accumulate,

@@ -29,7 +29,9 @@ from rich.text import Text
 from gluprune_jax import distributed
 from gluprune_jax.errors import GlupruneError, is_out_of_memory
 
-EXIT_STATUS = "exit status: 0 done; 2 the request cannot be carried out as asked; 1 something failed underneath"
+EXIT_STATUS = (
+    "exit status: 0 done; 2 the request cannot be carried out as asked; 1 something failed underneath; 130 interrupted"
+)
 
 
 def stderr() -> Console:

@@ -5,7 +5,7 @@
 # compares criteria, refits `down_proj` by least squares, and then distils the dense model into a pruned one for a few
 # steps. Everything is small; what to look at is the direction.
 #
-# **On a TPU** calibration needs the model, one Gram matrix at a time and part of the residual stream: 4.0 GB beside
+# **On a TPU** calibration needs the model, one Gram matrix at a time and part of the residual stream: 4.0 GB with
 # Llama-3.2-1B by the TPU compiler's analysis. Recovery training of all weights needs about 16 bytes a parameter for
 # float32 weights, gradients and AdamW, and the teacher beside them; `--train lora` needs much less, and several chips
 # divide it. `--compute-dtype bfloat16` is for accelerators. Nothing here has been run on a TPU. On two CPU cores the

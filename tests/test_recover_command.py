@@ -210,6 +210,11 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         ([*argv, "--mesh", "data=9"], "the mesh data=9,model=1 has 9 devices, and there are 8"),
         ([*argv, "--train", "lora", "--lora-rank", 17], "--lora-rank is 17; it must lie between 1 and 16"),
         ([*argv, "--train", "lora", "--lora-rank", 0], "--lora-rank is 0; it must be at least 1"),
+        (
+            [*argv, "--train", "mlp", "--lora-rank", 4],
+            "--lora-rank and --lora-alpha are of adapters, and --train is mlp",
+        ),
+        ([*argv, "--temperature", 2, "--kl-weight", 0, "--ce-weight", 1], "--temperature is of the distillation"),
         ([*argv, "--lora-alpha", "nan"], "--lora-alpha is nan; it must be a finite number above 0"),
         ([*argv, "--checkpoint-every", -1], "--checkpoint-every is -1; it must be at least 0"),
         (

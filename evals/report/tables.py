@@ -133,8 +133,14 @@ def changes(study: Study, analysis: Analysis) -> Table:
     ]
     formats = dict.fromkeys(columns[3:6], spell_difference) | {"distance from floor": spell_difference}
     formats |= dict.fromkeys(("p", "p, corrected", "p of being above, corrected"), spell_p) | {"value": spell_number}
+    has_items = any(one.outcomes is not None for benchmark in study.benchmarks for one in benchmark.measured.values())
     note = (
-        "Differences are of the same items, with 95 % bootstrap intervals; of perplexities in nats (logarithms). "
+        "Differences are of the same items, with 95 % bootstrap intervals"
+        if has_items
+        else "Differences are tested as if models had answered different items, with 95 % normal intervals"
+    )
+    note += (
+        "; of perplexities in nats (logarithms). "
         "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with floors all of a "
         "model. The distance is from the best responder that knows nothing; being above is tested against every one."
     )
