@@ -14,7 +14,7 @@ import pytest
 from synthetic_studies import POINTS, study
 
 from evals.report.__main__ import main
-from evals.report.files import write_report
+from evals.report.files import print_study, write_report
 from evals.study import Study, analyse
 
 FIGURES = {"dichotomy", "fragile_robust", "perplexity", "knowledge_truthfulness", "kept", "paper"}
@@ -252,6 +252,22 @@ def test_the_pareto_front_is_what_no_other_model_beats(made: Study, tmp_path: Pa
         ("10 %", "J per token"),
         ("40 %", "J per token"),
     }
+
+
+@pytest.mark.parametrize("columns", [200, 72])
+def test_tables_fit_the_terminal(
+    made: Study, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_study(made, as_json=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and line[0] in "┏┃┡│└"]
+    assert max(map(len, lines)) <= columns
+    heads = [line for line in lines if line.startswith("┃ benchmark")]
+    assert len(heads) == (1 if columns == 200 else 2)
+    for point in made.points[1:]:
+        assert sum(f" {point.level} " in head for head in heads) == 1
+    for benchmark in made.benchmarks:
+        assert sum(line.startswith(f"│ {benchmark.title} ") for line in lines) == len(heads)
 
 
 def test_a_dense_model_alone_has_a_report(made: Study, tmp_path: Path) -> None:

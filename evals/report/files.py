@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.resources
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from evals.report.figures import Figure, study_figures
 from evals.report.tables import Table, row_json, spell_value, study_tables
 from evals.report.words import summary
 from evals.results import make_folder
-from evals.study import Analysis, Study, analyse
+from evals.study import Analysis, Point, Study, analyse
 from gluprune_jax.atomic import write_file_atomic
 
 PAGE, DOCUMENT, FIGURES, TABLES = "report.html", "study.json", "figures", "tables"
@@ -82,15 +82,29 @@ def print_study(study: Study, *, as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     for method in study.methods:
-        console.print(_overview(study, analysis, method))
+        dense, *pruned = study.of_method(method)
+        for table in _overviews(console, study, analysis, method, dense, pruned):
+            console.print(table)
     console.print("↓ ↑ significantly worse or better than dense; ° not above the floor", style="dim", markup=False)
     for sentence in sentences:
         console.print(f"- {sentence}", markup=False)
 
 
-def _overview(study: Study, analysis: Analysis, method: str) -> rich.table.Table:
-    """Scores of a method, small enough for a terminal."""
-    points = study.of_method(method)
+def _overviews(
+    console: Console, study: Study, analysis: Analysis, method: str, dense: Point, pruned: Sequence[Point]
+) -> Iterator[rich.table.Table]:
+    """Scores of a method: beside each other, or below each other where the terminal is too narrow."""
+    table = _overview(study, analysis, method, [dense, *pruned])
+    wide = console.options.update(max_width=10_000)
+    if len(pruned) < 2 or console.measure(table, options=wide).maximum <= console.width:
+        yield table
+        return
+    half = len(pruned) // 2
+    for part in (pruned[:half], pruned[half:]):
+        yield from _overviews(console, study, analysis, method, dense, part)
+
+
+def _overview(study: Study, analysis: Analysis, method: str, points: Sequence[Point]) -> rich.table.Table:
     table = rich.table.Table(title=Text(method), title_justify="left")
     table.add_column("benchmark")
     for column in ("floor", *(point.level for point in points)):
