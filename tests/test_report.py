@@ -11,11 +11,12 @@ from typing import Any
 
 import commands
 import pytest
-from synthetic_studies import POINTS, study
+from synthetic_studies import ITEMS, POINTS, benchmark, study
 
 from evals.report.__main__ import main
+from evals.report.figures import study_figures
 from evals.report.files import print_study, write_report
-from evals.study import Study, analyse
+from evals.study import Point, Study, analyse
 
 FIGURES = {"dichotomy", "fragile_robust", "perplexity", "knowledge_truthfulness", "kept", "paper"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -73,8 +74,8 @@ def test_the_page_is_whole_small_and_needs_nothing_else(folder: Path, made: Stud
     assert page.sources == []
     assert {link for link in page.links if not link.startswith("#")} == {"https://arxiv.org/abs/2512.22671"}
     assert made.model in page.text  # escaped: it has a tag in its name
-    for benchmark in made.benchmarks:
-        assert benchmark.title in page.text
+    for one in made.benchmarks:
+        assert one.title in page.text
     assert "at the floor: fallen to it" in page.text
 
 
@@ -98,6 +99,31 @@ def test_every_figure_is_there_three_times(folder: Path) -> None:
     pages = next(row for row in rows if (row["benchmark"], row["level"]) == ("WikiText-2", "20 %"))
     assert pages["low"] <= pages["relative"] <= pages["high"]  # of perplexities all three are shares, not nats
     assert pages["relative"] == pytest.approx(100 * math.exp(2.5 - 3.0), rel=1e-6)
+
+
+def test_what_the_dense_model_cannot_do_at_all_is_drawn_too() -> None:
+    points = POINTS[:3]
+    one = benchmark("ifeval", [0.0, 0.1, 0.05], {"nothing": 0.0, "the prompt": 0.1}, points=points)
+    made = Study("m", points, [one], {}, {})
+    figures = {figure.name: figure for figure in study_figures(made, analyse(made))}
+    assert "nothing right in IFEVAL: there 100 % is one right item" in figures["dichotomy"].caption
+    (rows,) = figures["dichotomy"].spec["datasets"].values()
+    assert [row["relative"] for row in rows] == pytest.approx([0, 10 * ITEMS, 5 * ITEMS])
+    assert all(row["low"] is None or 0 <= row["low"] <= row["relative"] <= row["high"] for row in rows)
+    assert "fragile_robust" not in figures  # one panel of all benchmarks: nothing is a share of zero
+
+
+def test_the_page_stays_small_however_many_models_there_are(made: Study) -> None:
+    points = [made.points[0], *(Point("ppm", f"{i} %", i / 100, 4 - i / 25) for i in range(1, 13))]
+    kept = {f"ppm, {i} %": [[i / 100] * 64] * 32 for i in range(1, 13)}
+    many = dataclasses.replace(
+        made, points=points, benchmarks=[benchmark("a", [0.5] * 13, {}, points=points)], kept=kept
+    )
+    (figure,) = [figure for figure in study_figures(many, analyse(many)) if figure.name == "kept"]
+    (cells,) = figure.spec["datasets"].values()
+    assert len(cells) == 12 * 32 * 16
+    assert {(cell["model"], cell["kept"]) for cell in cells} == {(f"ppm, {i} %", i / 100) for i in range(1, 13)}
+    assert max(cell["next"] for cell in cells) == 100
 
 
 def test_tables_are_the_analysis(folder: Path, made: Study) -> None:
@@ -266,8 +292,8 @@ def test_tables_fit_the_terminal(
     assert len(heads) == (1 if columns == 200 else 2)
     for point in made.points[1:]:
         assert sum(f" {point.level} " in head for head in heads) == 1
-    for benchmark in made.benchmarks:
-        assert sum(line.startswith(f"│ {benchmark.title} ") for line in lines) == len(heads)
+    for one in made.benchmarks:
+        assert sum(line.startswith(f"│ {one.title} ") for line in lines) == len(heads)
 
 
 def test_a_dense_model_alone_has_a_report(made: Study, tmp_path: Path) -> None:

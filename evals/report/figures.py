@@ -30,8 +30,8 @@ _GROUPS = (*GROUPS, "not tested")
 _NEUTRAL = "#8a8a8a"
 _ENERGY = "J per token"
 _SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
-# Of models in the picture of kept neurons.
-_MOST_MAPS = 12
+# Of models in the picture of kept neurons, and of its cells in all.
+_MOST_MAPS, _MOST_CELLS = 12, 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def study_figures(study: Study, analysis: Analysis) -> list[Figure]:
 
 def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
     """Every benchmark relative to the dense model, with intervals and what takes no knowledge."""
-    data = relative(study, analysis)
+    data = relative(study, analysis, with_zero=True)
     if not data:
         return None
     base = alt.Chart().encode(x=_ratio_axis())
@@ -89,6 +89,9 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
         "(of perplexities the inverse), with 95 % intervals of the difference. Grey: what responders that know nothing "
         "score, worst to best. Only what is above the grey band can hold or improve."
     )
+    dense_of = {one.title: one.measured[study.dense].value for one in study.benchmarks if study.dense in one.measured}
+    if zero := [title for title, value in dense_of.items() if not value]:
+        caption += f" The dense model has nothing right in {', '.join(zero)}: there 100 % is one right item."
     return Figure("dichotomy", "All benchmarks against the expansion ratio", caption, _spec(chart, caption))
 
 
@@ -203,12 +206,14 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
 
 def kept_neurons(study: Study) -> Figure | None:
     """Which neurons were kept, by layer."""
-    order = [name_point(point) for point in study.points if point.method != DENSE]
+    order = [name_point(point) for point in study.points if point.method != DENSE][:_MOST_MAPS]
+    maps = {name: layers for name, layers in study.kept.items() if name in order}
+    while sum(parts := [len(shares) for layers in maps.values() for shares in layers]) > _MOST_CELLS and max(parts) > 1:
+        maps = {name: [_halved(shares) for shares in layers] for name, layers in maps.items()}
     data = [
         {"model": name, "layer": layer, "part": 100 * part / len(shares), "next": 100 * (part + 1) / len(shares)}
         | {"kept": share}
-        for name, layers in study.kept.items()
-        if name in order[:_MOST_MAPS]
+        for name, layers in maps.items()
         for layer, shares in enumerate(layers)
         for part, share in enumerate(shares)
     ]
@@ -229,6 +234,11 @@ def kept_neurons(study: Study) -> Figure | None:
     )
     caption = "The share of neurons that was kept, by layer and by their place in it."
     return Figure("kept", "Which neurons were kept", caption, _spec(chart, caption))
+
+
+def _halved(shares: Sequence[float]) -> list[float]:
+    """Shares of parts of a layer twice as large."""
+    return [round(sum(pair) / len(pair), 4) for pair in (shares[i : i + 2] for i in range(0, len(shares), 2))]
 
 
 def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
@@ -318,21 +328,26 @@ def against_paper(study: Study, analysis: Analysis) -> Figure | None:
     return Figure("paper", "Against the paper", caption, _spec(chart, caption))
 
 
-def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
-    """Scores as percent of the dense model's, a row for each method, benchmark and level; the dense level included."""
+def relative(study: Study, analysis: Analysis, *, with_zero: bool = False) -> list[dict[str, Any]]:
+    """Scores as percent of the dense model's, a row for each method, benchmark and level; the dense level included.
+
+    Nothing is a share of zero: benchmarks of which the dense model has nothing right are left out, or are `with_zero`
+    shares of one right item.
+    """
     data = []
     for benchmark in study.benchmarks:
         dense = benchmark.measured.get(study.dense)
-        if dense is None or not dense.value:
-            continue  # nothing is a share of zero
+        if dense is None or not (dense.value or with_zero):
+            continue
+        whole = dense.value or 1 / dense.items
         ends = [one[1].value for one in (benchmark.lowest_floor, benchmark.floor) if one is not None]
-        bounds = sorted(share for end in ends if math.isfinite(share := _share(benchmark, dense.value, end)))
+        bounds = sorted(share for end in ends if math.isfinite(share := _share(benchmark, whole, end)))
         for method in study.methods:
             for point in study.of_method(method):
                 row = analysis.row(benchmark.name, point)
-                if row is None or not math.isfinite(_share(benchmark, dense.value, row.measured.value)):
+                if row is None or not math.isfinite(_share(benchmark, whole, row.measured.value)):
                     continue
-                low, high = _interval(benchmark, dense.value, row.from_dense)
+                low, high = _interval(benchmark, dense.value, whole, row.from_dense)
                 data.append(
                     {
                         "benchmark": benchmark.title,
@@ -342,7 +357,7 @@ def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
                         "removed": 100 * point.removed,
                         "expansion_ratio": point.expansion_ratio,
                         "value": row.measured.value,
-                        "relative": _share(benchmark, dense.value, row.measured.value),
+                        "relative": _share(benchmark, whole, row.measured.value),
                         "low": low,
                         "high": high,
                         "floor_low": bounds[0] if bounds else None,
@@ -353,21 +368,24 @@ def relative(study: Study, analysis: Analysis) -> list[dict[str, Any]]:
     return data
 
 
-def _share(benchmark: StudiedBenchmark, dense: float, value: float) -> float:
+def _share(benchmark: StudiedBenchmark, whole: float, value: float) -> float:
     if benchmark.higher_is_better:
-        return 100 * value / dense
-    return 100 * dense / value if value else math.inf
+        return 100 * value / whole
+    return 100 * whole / value if value else math.inf
 
 
 def _interval(
-    benchmark: StudiedBenchmark, dense: float, found: Comparison | None
+    benchmark: StudiedBenchmark, dense: float, whole: float, found: Comparison | None
 ) -> tuple[float, float] | tuple[None, None]:
-    """The interval of a difference as percent of the dense score; of perplexities the difference is in nats."""
+    """The interval of a difference as percent of the whole; of perplexities the difference is in nats.
+
+    That of a difference from a small score may reach below zero, where no score is.
+    """
     if found is None:
         return None, None
     if benchmark.is_perplexity:
         return 100 * math.exp(-found.high), 100 * math.exp(-found.low)
-    return 100 * (dense + found.low) / dense, 100 * (dense + found.high) / dense
+    return 100 * max(dense + found.low, 0) / whole, 100 * max(dense + found.high, 0) / whole
 
 
 def _group(analysis: Analysis, row: dict[str, Any]) -> str:
