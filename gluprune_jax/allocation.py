@@ -82,7 +82,10 @@ def by_cost(
 
     Raises:
       RequestError: a floor that is no share, or that leaves no room in the budget.
+      OperationError: a cost that is not finite.
     """
+    if not np.isfinite(costs).all():
+        raise OperationError(f"cost {int(np.argmin(np.isfinite(costs)))} is not finite: no budget follows from it")
     least = _least(sizes, budget, floor, multiple_of)
     widths, most = np.array(sizes, float), 1 - np.array(least) / np.array(sizes)
     cost = np.maximum(np.asarray(costs, np.float64), 0)

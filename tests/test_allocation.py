@@ -103,6 +103,8 @@ def test_refusals() -> None:
         by_score(ones, 10, floor=1)
     with pytest.raises(RequestError, match=r"--floor 0.9 keeps at least 18 neurons, and the target leaves 10"):
         by_score(ones, 10, floor=0.9)
+    with pytest.raises(OperationError, match="cost 1 is not finite"):
+        by_cost([1.0, math.nan], [10, 10], 10)
 
 
 # ----------------------------------------------------------------------------------------------------------- costs

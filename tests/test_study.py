@@ -97,6 +97,21 @@ def test_standard_errors_are_those_of_means_and_of_ratios() -> None:
     assert perplexity.stderr == pytest.approx(0.02 / 60**0.5, rel=0.5)
 
 
+def test_five_documents_of_different_lengths_can_be_above_the_floor_and_worse() -> None:
+    words = np.array([400.0, 900, 1500, 2700, 5000])
+    keys = tuple(("pages", i) for i in range(5))
+
+    def measured(loss: float) -> Measured:
+        noise = np.array([0.01, -0.02, 0.015, -0.01, 0.005])
+        return Measured.of(Outcomes(keys, words * loss * (1 + noise), words, is_perplexity=True))
+
+    scores = {point: measured(3.0 + i) for i, point in enumerate(POINTS[:2])}
+    floors = {"all tokens equally likely": measured(12.0)}
+    one = StudiedBenchmark("wikitext", "W", "word_perplexity,none", False, True, scores, floors)
+    dense, pruned = analyse(Study("m", POINTS[:2], [one], {}, {})).rows
+    assert (dense.relation, pruned.relation, pruned.change) == ("above", "above", "worse")
+
+
 def test_outcomes_of_other_items_are_not_compared() -> None:
     made = study()
     other = made.benchmarks[-1].measured[POINTS[0]]
