@@ -107,6 +107,7 @@ def test_more_levels_and_methods_join_a_study(
     report(capsys, *arguments(model, tasks, output, *calibration, "--methods", "hybrid", "--levels", 20))
     report(capsys, *arguments(model, tasks, output, "--items", 4, "--methods", "ppm", "--levels", 40))
     first = (output / "sweep.json").read_text()
+    assert json.loads(first)["calibration"]["tokens"] == 512  # of those rows that needed it: another is refused
     more = ("--methods", "hybrid", "hybrid+least-squares", "--expansion-ratio", "1.0")
     found = report(capsys, *arguments(model, tasks, output, *calibration, *more))
     assert [(point["method"], point["level"]) for point in found["points"]] == [
