@@ -36,10 +36,10 @@ from rich.table import Table
 
 import convert
 from convert.tokenizer import load_tokenizer
-from evals.backend import GlupruneLM
-from evals.run import load_benchmarks
-from evals.suites import SUITES, find_benchmark, task_manager
-from evals.task_data import task_datasets
+from evals.harness.backend import GlupruneLM
+from evals.harness.run import load_benchmarks
+from evals.harness.suites import SUITES, find_benchmark, task_manager
+from evals.harness.task_data import task_datasets
 from gluprune_jax import make_plan, score
 
 ABSOLUTE, PER_TOKEN, ROLLING, TOP_TWO = 1e-3, 2e-5, 1e-5, 1e-3
@@ -356,7 +356,7 @@ def ask_both(model: Path, requests: Mapping[str, Sequence[Instance]]) -> Iterato
     checkpoint = convert.load(model)
     loaded = peer_lm(str(model))
     for window, names in ((None, list(requests)), (SHORT_WINDOW, [*CUT, EDGE_CASES])):
-        ours = GlupruneLM.from_checkpoint(checkpoint, max_length=window)
+        ours = GlupruneLM.from_checkpoint(checkpoint, context_length=window, add_bos_token=False)
         for name in [name for name in names if name in requests]:
             instances = requests[name]
             # Eight windows of 8192 tokens would have 13 GB of logits in the peer, and as much of their softmax.

@@ -38,7 +38,7 @@ from rich.table import Table
 SIDES = ("gluprune_jax", "lm_eval")
 
 
-class Measured(NamedTuple):
+class Score(NamedTuple):
     """A benchmark: how many items are measured (of each lm-eval task), how many there are, and the ratio aimed at."""
 
     items: int | None  # all
@@ -47,19 +47,19 @@ class Measured(NamedTuple):
 
 
 TASKS = {
-    "mmlu": Measured(None, 14042, 4),
-    "arc_challenge": Measured(240, 1172, 2),
-    "hellaswag": Measured(240, 10042, 2),
-    "winogrande": Measured(480, 1267, 1.2),
-    "piqa": Measured(400, 1838, 1.2),
-    "boolq": Measured(160, 3270, 1),
-    "truthfulqa_mc1": Measured(48, 817, 5),
-    "truthfulqa_mc2": Measured(36, 817, 5),
-    "gsm8k": Measured(32, 1319, 2),
-    "ifeval": Measured(8, 541, 2),
-    "leaderboard_musr": Measured(6, 756, 2),
-    "wikitext": Measured(6, 62, 1.2),
-    "lambada_openai": Measured(640, 5153, 1.2),
+    "mmlu": Score(None, 14042, 4),
+    "arc_challenge": Score(240, 1172, 2),
+    "hellaswag": Score(240, 10042, 2),
+    "winogrande": Score(480, 1267, 1.2),
+    "piqa": Score(400, 1838, 1.2),
+    "boolq": Score(160, 3270, 1),
+    "truthfulqa_mc1": Score(48, 817, 5),
+    "truthfulqa_mc2": Score(36, 817, 5),
+    "gsm8k": Score(32, 1319, 2),
+    "ifeval": Score(8, 541, 2),
+    "leaderboard_musr": Score(6, 756, 2),
+    "wikitext": Score(6, 62, 1.2),
+    "lambada_openai": Score(640, 5153, 1.2),
 }
 SUITE_TARGET = 3.0
 # Whole subjects. Their prompts are as those of all 57: 734 tokens on average (723), 114 of them not shared (108).
@@ -75,25 +75,35 @@ def answer(side: str, model: str, requests: str, batch_size: int) -> dict[str, A
 
     `batch_size` is for the peer; ours chooses its own.
     """
+    compile_seconds, programs = 0.0, set[str]()
+
+    def listen(event: str, seconds: float, **details: str | int) -> None:
+        nonlocal compile_seconds
+        if event.startswith("/jax/core/compile/"):
+            compile_seconds += seconds
+            programs.add(str(details.get("fun_name")))
+
     laps = [time.perf_counter()]
     instances = load_requests(Path(requests))
     if side == "lm_eval":
         lm = peer_lm(model, batch_size=batch_size)
     else:
         sys.modules["torch"] = None  # type: ignore[assignment]  # importing it fails
-        import convert
-        from evals.backend import GlupruneLM
+        import jax
 
-        lm = GlupruneLM.from_checkpoint(convert.load(model, dtype="float32"))
+        import convert
+        from evals.harness.backend import GlupruneLM
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        lm = GlupruneLM.from_checkpoint(convert.load(model, dtype="float32"), add_bos_token=False)
     laps.append(time.perf_counter())
     answers(lm, instances)
     laps.append(time.perf_counter())
-    programs = [] if side == "lm_eval" else lm.engine.programs()
     return {
         "load_seconds": laps[1] - laps[0],
         "seconds": laps[2] - laps[1],
-        "compile_seconds": sum(program.compile_seconds for program in programs),
-        "programs": sorted({f"{program.name} {program.shapes}" for program in programs}),
+        "compile_seconds": compile_seconds,
+        "programs": sorted(programs),
     }
 
 
@@ -122,7 +132,7 @@ def prepare(folder: str, data_dir: str, items: Mapping[str, int | None]) -> dict
     from evals_parity import build_requests, evenly
 
     import convert
-    from evals.task_data import task_datasets
+    from evals.harness.task_data import task_datasets
 
     convert.save(convert.load("demo", dtype="float32"), Path(folder) / "model")
     counts = {}

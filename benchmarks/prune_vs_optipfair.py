@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from llama_shapes import write_checkpoint
 from rich.console import Console
 from rich.table import Table
+from shapes import write_checkpoint
 
 import convert
 from gluprune_jax import score

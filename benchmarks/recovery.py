@@ -24,16 +24,16 @@ from rich.table import Table
 import convert
 from convert.tokenizer import encode_documents, encode_text, load_tokenizer, separator
 from evals.perplexity import perplexity
-from gluprune_jax.documents import evaluation_text, read_documents
-from gluprune_jax.model import Llama
-from gluprune_jax.packing import pack
-from gluprune_jax.recovery import COMPUTE_DTYPES, Recipe, Recovery
-from gluprune_jax.trainable import WHAT, Trainable
-from gluprune_jax.training import Objective, Schedule
+from gluprune_jax.data.documents import evaluation_text, read_documents
+from gluprune_jax.data.packing import pack
+from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.training.recovery import COMPUTE_DTYPES, Recipe, Recovery
+from gluprune_jax.training.step import Objective, Schedule
+from gluprune_jax.training.trainable import WHAT, Trainable
 
 
-def measured(model: Llama, tokens: list[int], window: int) -> float:
-    return perplexity(model, tokens, window=window).value
+def measured(model: Decoder, tokens: list[int], window: int) -> float:
+    return perplexity(model, tokens, sequence_length=window).value
 
 
 def recover(
@@ -112,7 +112,7 @@ def main() -> int:
     teacher = convert.load(args.teacher)
     tokenizer = load_tokenizer(teacher)
     test = encode_text(tokenizer, evaluation_text(str(args.test)))[: args.test_tokens]
-    documents = [document for name in args.data for document in read_documents(name, "--data")]
+    documents = read_documents(args.data, "--data")
     windows = pack(encode_documents(tokenizer, documents), args.window, separator(teacher, tokenizer))
     report: dict[str, Any] = {
         "teacher": args.teacher,

@@ -38,11 +38,13 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
     from flax import nnx
 
     from gluprune_jax import make_plan, score
-    from gluprune_jax.criteria import WEIGHT_CRITERIA
-    from gluprune_jax.importance import mlp_extents, score_layer
-    from gluprune_jax.mesh import MeshShape, make_mesh, on, parameter_sharding
-    from gluprune_jax.model import Llama, ModelConfig, abstract_model
-    from gluprune_jax.slicing import slice_model, slice_neurons
+    from gluprune_jax.models.config import ModelConfig
+    from gluprune_jax.models.decoder import Decoder
+    from gluprune_jax.models.parameters import abstract_model
+    from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parameter_sharding, use_mesh
+    from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
+    from gluprune_jax.pruning.scores import mlp_extents, score_layer
+    from gluprune_jax.pruning.slicing import slice_model, slice_neurons
 
     D, F, L, N, K, H, V = SHAPES[name]
     config = ModelConfig(V, D, (F,) * L, N, K, H, 8192, 1e-5, 5e5, tie_word_embeddings=True, width_multiple=devices)
@@ -56,9 +58,9 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
         leaf = variable.get_value()
         values = jax.device_put(fill(jax.random.key(i), leaf.shape), parameter_sharding(mesh, path, leaf.shape))
         flat.append((path, variable.replace(values)))
-    model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model: Decoder = nnx.merge(graphdef, nnx.from_flat_state(flat))
     del flat, values
-    with on(mesh):
+    with use_mesh(mesh):
         gate, down = model.layers[0].mlp.gate_proj[...], model.layers[0].mlp.down_proj[...]
         kept = np.arange(int(0.6 * F), dtype=np.int32)
         padding = -len(kept) % devices

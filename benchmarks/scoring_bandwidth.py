@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from llama_shapes import shapes_of
+from shapes import shapes_of
 
-from gluprune_jax.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
 
 
 def median_seconds(function: Callable[[], Any], runs: int) -> float:

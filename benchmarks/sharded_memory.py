@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llama_shapes import write_checkpoint
 from rich.console import Console
 from rich.table import Table
+from shapes import write_checkpoint
 
 WORKER = """
 import json, sys
@@ -30,9 +30,9 @@ jax.config.update("jax_num_cpu_devices", 1)
 port, processes, index, model, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
 import convert
-from convert.checkpoint import model_arrays
-from gluprune_jax.distributed import gather_from_all
-from gluprune_jax.mesh import MeshShape, make_mesh
+from gluprune_jax.models.parameters import parameters_of
+from gluprune_jax.parallel.distributed import gather_from_all
+from gluprune_jax.parallel.mesh import MeshShape, make_mesh
 
 def memory(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -47,7 +47,7 @@ mesh = lambda model: make_mesh(MeshShape(1, processes), model.config.num_key_val
 gather_from_all(b"connected")
 report = {"imports": memory("VmRSS")}
 checkpoint, report["loading"] = peak(lambda: convert.load(model, mesh=mesh))
-arrays = [array for _, array in model_arrays(checkpoint.model)]
+arrays = list(parameters_of(checkpoint.model).values())
 report["weights"] = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
 _, report["saving"] = peak(lambda: convert.save(checkpoint, output))
 print(json.dumps(report))

@@ -26,12 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llama_shapes import write_checkpoint
 from prune_vs_optipfair import run
 from rich.console import Console
 from rich.table import Table
+from shapes import write_checkpoint
 
-from gluprune_jax.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
 
 MOST_MEMORY, MOST_TIMES = 2.5e9, 3.0  # what is promised
 

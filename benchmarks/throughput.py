@@ -25,17 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from llama_shapes import HF_CONFIGS, shapes_of
 from rich.console import Console
 from rich.table import Table
 from scoring_bandwidth import median_seconds
+from shapes import HF_CONFIGS, shapes_of
 
-from evals.engine import SCORED_TOKENS, rows, score_tokens
-from gluprune_jax.criteria import WEIGHT_CRITERIA
-from gluprune_jax.generation import STEPS_PER_CALL, Sampling, decode, empty_state
-from gluprune_jax.importance import score_layer
-from gluprune_jax.model import KVCache, Llama, ModelConfig, abstract_model
-from gluprune_jax.slicing import slice_neurons
+from gluprune_jax.inference.engine import SCORED_TOKENS, rows, score_tokens
+from gluprune_jax.inference.generation import STEPS_PER_CALL, Sampling, decode, empty_state
+from gluprune_jax.models.cache import KVCache
+from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.models.parameters import abstract_model
+from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.scores import score_layer
+from gluprune_jax.pruning.slicing import slice_neurons
 
 ROW, FILLED = 512, 1024  # tokens of a row, and of each sequence that is decoded
 
@@ -57,14 +60,14 @@ def bounds(runs: int) -> dict[str, float]:
     }
 
 
-def random_model(config: ModelConfig) -> Llama:
+def random_model(config: ModelConfig) -> Decoder:
     fill = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     graphdef, state = nnx.split(abstract_model(config, jnp.bfloat16))
     flat = [
         (path, variable.replace(fill(jax.random.key(i), variable.get_value().shape)))
         for i, (path, variable) in enumerate(nnx.to_flat_state(state))
     ]
-    model: Llama = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model: Decoder = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return model
 
 
@@ -80,7 +83,7 @@ def measure(name: str, runs: int, batch: int, slots: int, limits: dict[str, floa
     return forward | measure_decoding(model, runs, slots, limits) | measure_pruning(model, runs, limits)
 
 
-def measure_forward(model: Llama, runs: int, batch: int, matrix_rate: float) -> dict[str, float]:
+def measure_forward(model: Decoder, runs: int, batch: int, matrix_rate: float) -> dict[str, float]:
     config, params = model.config, nnx.state(model, nnx.Param)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, ROW)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ROW, dtype=jnp.int32), tokens.shape)
@@ -101,7 +104,7 @@ def measure_forward(model: Llama, runs: int, batch: int, matrix_rate: float) -> 
     }
 
 
-def measure_decoding(model: Llama, runs: int, slots: int, limits: dict[str, float]) -> dict[str, float]:
+def measure_decoding(model: Decoder, runs: int, slots: int, limits: dict[str, float]) -> dict[str, float]:
     config, params, masks = model.config, nnx.state(model, nnx.Param), ones(model.config)
     sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
     states = [empty_state(config, slots, 2048, jnp.bfloat16)]
@@ -121,7 +124,7 @@ def measure_decoding(model: Llama, runs: int, slots: int, limits: dict[str, floa
     }
 
 
-def measure_pruning(model: Llama, runs: int, limits: dict[str, float]) -> dict[str, float]:
+def measure_pruning(model: Decoder, runs: int, limits: dict[str, float]) -> dict[str, float]:
     layers = [(layer.mlp.gate_proj[...], layer.mlp.up_proj[...], layer.mlp.down_proj[...]) for layer in model.layers]
     kept = np.arange(0, model.config.intermediate_sizes[0], 2, dtype=np.int32)
 

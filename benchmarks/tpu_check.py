@@ -34,22 +34,24 @@ from flax import nnx
 from hlo_collectives import Collective, collectives
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
-from llama_shapes import HF_CONFIGS, shapes_of
 from rich.console import Console
 from rich.table import Table
+from shapes import HF_CONFIGS, shapes_of
 
-from evals.engine import SCORED_TOKENS, rows, score_tokens
-from gluprune_jax.calibration import BATCH_TOKENS, Sums, advance_layer, backward_layer, observe_layer
-from gluprune_jax.compensation import least_squares
-from gluprune_jax.criteria import WEIGHT_CRITERIA
 from gluprune_jax.errors import RequestError
-from gluprune_jax.generation import DecodeState, Sampling, admit, decode
-from gluprune_jax.importance import mlp_extents, score_layer
-from gluprune_jax.mesh import MeshShape, make_mesh, on, parameter_sharding, parse_mesh
-from gluprune_jax.model import KVCache, LayerCache, ModelConfig, abstract_model
-from gluprune_jax.prefill import append, extend
-from gluprune_jax.sharding import CACHE_AXES, partition_spec
-from gluprune_jax.slicing import slice_neurons
+from gluprune_jax.inference.engine import SCORED_TOKENS, rows, score_tokens
+from gluprune_jax.inference.generation import DecodeState, Sampling, admit, decode
+from gluprune_jax.inference.prefill import append, extend
+from gluprune_jax.models.cache import KVCache, LayerCache
+from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.models.parameters import abstract_model
+from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parameter_sharding, parse_mesh, use_mesh
+from gluprune_jax.parallel.sharding import CACHE_AXES, partition_spec
+from gluprune_jax.pruning.calibration import BATCH_TOKENS, Sums, advance_layer, backward_layer, observe_layer
+from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.least_squares import least_squares
+from gluprune_jax.pruning.scores import mlp_extents, score_layer
+from gluprune_jax.pruning.slicing import slice_neurons
 
 HBM_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # of one chip
 DTYPE = jnp.bfloat16
@@ -173,9 +175,8 @@ class Case:
     def config(self) -> ModelConfig:
         """The architecture as it is stored on the mesh."""
         config = shapes_of(self.model)
-        return dataclasses.replace(
-            config, intermediate_sizes=config.intermediate_sizes[: self.layers], width_multiple=self.mesh.model
-        )
+        layers = range(config.num_hidden_layers)[: self.layers]
+        return dataclasses.replace(config.with_layers(layers), width_multiple=self.mesh.model)
 
 
 # An evaluation has as many replicas as fit; pruning has one, divided over all chips.
@@ -184,6 +185,9 @@ CASES: dict[str, Case] = {
     "1b-calibration": Case("llama-3.2-1b", "v5e:2x4", MeshShape(2, 4), CALIBRATION),
     "1b-replicas": Case("llama-3.2-1b", "v5e:2x4", MeshShape(8, 1), EVALUATION),
     "1b-divided": Case("llama-3.2-1b", "v5e:2x4", MeshShape(1, 8)),
+    # Of all families: windows with a RoPE of their own, norms of heads, norms behind, one key/value head.
+    "gemma-3-1b-one-chip": Case("gemma-3-1b", "v5e:1x1", MeshShape(1, 1), EVERYTHING),
+    "qwen3-0.6b-one-chip": Case("qwen3-0.6b", "v5e:1x1", MeshShape(1, 1), EVERYTHING),
     "3b-replicas": Case("llama-3.2-3b", "v6e:2x4", MeshShape(8, 1), EVALUATION),
     "3b-divided": Case("llama-3.2-3b", "v6e:2x4", MeshShape(1, 8)),
     "8b-replicas": Case("llama-3.1-8b", "v5p:2x2x1", MeshShape(4, 1), EVALUATION),
@@ -203,6 +207,8 @@ CI = (
     dataclasses.replace(CASES["1b-replicas"], programs=("append", "score tokens")),
     dataclasses.replace(CASES["1b-divided"], programs=(*PRUNING, "extend", "append", "score tokens", "decode")),
     dataclasses.replace(CASES["1b-calibration"], programs=("Gram matrix", "advance")),
+    dataclasses.replace(CASES["gemma-3-1b-one-chip"], programs=("ppm", "rows", "extend", "score tokens", "advance")),
+    dataclasses.replace(CASES["qwen3-0.6b-one-chip"], programs=("ppm", "rows", "extend", "score tokens", "advance")),
 )
 # Work for each replica as before on more and more replicas; then one replica on more and more chips.
 SCALING = ("ppm", "rows", "decode")
@@ -261,7 +267,7 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
     windows = R * BATCH_TOKENS // CHUNK
     stream = batch(windows, CHUNK, D, dtype=DTYPE)
     sums = Sums(*(array(jnp.float32, F, axes=("neurons",)),) * 3, array(jnp.float32, F, F, axes=("neurons", None)))
-    step = config, graphdef, layer
+    step = graphdef, layer
     held = weights_on_a_chip(model[1]) + 2 * CALIBRATION_TOKENS // R * D * jnp.dtype(DTYPE).itemsize
     mask = array(jnp.float32, F)
     return {
@@ -393,7 +399,7 @@ def compile_case(case: Case) -> Iterator[Result]:
             return Result(case, name, tuple(problems), seconds, cpu_seconds, **found)  # noqa: B023
 
         try:
-            with on(mesh):
+            with use_mesh(mesh):
                 compiled = known[name].function.lower(*known[name].args).compile()  # type: ignore[attr-defined]
         except jax.errors.JaxRuntimeError as error:
             yield result([f"it does not compile: {str(error).splitlines()[0]}"])

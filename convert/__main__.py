@@ -1,81 +1,151 @@
-"""Convert a model between formats: `python -m convert`."""
+"""Convert a model between formats: `gluprune convert`, `python -m convert`."""
 
-import argparse
+import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import convert
-from convert.store import DTYPE_NAMES, FORMATS, MODEL_HELP, parse_formats, refuse_format, refuse_own_folder
-from gluprune_jax import devices, terminal
-from gluprune_jax.atomic import check_target
-from gluprune_jax.distributed import failing_together, is_main
-from gluprune_jax.memory import Pruning
-from gluprune_jax.object_store import folder_at
+from convert.gguf.export import gguf_options
+from convert.gguf.writer import Widths
+from convert.huggingface.push import check_options, check_push, push_to_hub
+from convert.output import check_format, check_not_own_folder, check_padding, check_target, parse_formats
+from gluprune_jax.cli import options, terminal
+from gluprune_jax.cli.processes import ProcessesRequest
+from gluprune_jax.files.object_store import Folder, folder_at
+from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
+from gluprune_jax.memory.plan import Pruning
+from gluprune_jax.parallel.distributed import is_main, synchronize_errors
 
 DESCRIPTION = """\
-Converts a Llama-family checkpoint between formats without changing a bit of its weights (unless --dtype asks).
+Converts a checkpoint between formats without changing a bit of its weights (unless --dtype asks).
 
 examples:
-  python -m convert model.gguf model-hf                        GGUF to safetensors
-  python -m convert meta-llama/Llama-3.2-1B llama-1b --format orbax
-  python -m convert llama-1b/orbax llama-1b-hf                 Orbax back to safetensors
+  gluprune convert model.gguf model-hf                        GGUF to safetensors
+  gluprune convert meta-llama/Llama-3.2-1B llama-1b --format orbax
+  gluprune convert llama-1b/orbax llama-1b-hf                 Orbax back to safetensors
+  gluprune convert llama-1b llama-1b.gguf --gguf-type F16     a file for llama.cpp
+  gluprune convert llama-1b q4.gguf --quantize Q4_K_M         quantised by llama.cpp itself
+  gluprune convert llama-1b-p10 padded --pad-to 256           widths that llama.cpp quantises well
 """
+START = "python -m convert"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = terminal.ArgumentParser("python -m convert", DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("output", type=folder_at, metavar="DIR", help="folder to write; of Orbax also gs://...")
+@dataclasses.dataclass(frozen=True)
+class ConvertRequest:
+    """What is to be converted; the fields are options and arguments of the same names."""
+
+    model: str
+    output: Folder
+    format: str | None
+    gguf_type: str | None
+    gguf_widths: Widths | None
+    quantize: str | None
+    pad_to: int
+    push_to_hub: str | None
+    private: bool
+    dtype: str | None
+    revision: str | None
+    overwrite: bool
+    json: bool
+    devices: MeshRequest
+    distributed: bool
+
+
+def parser(start: str = START) -> terminal.ArgumentParser:
+    """The command line; `start` is what it begins with."""
+    parser = terminal.ArgumentParser(start, DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     parser.add_argument(
-        "--format", default="hf", metavar="LIST", help=f"{' and/or '.join(FORMATS)}, comma-separated; orbax: DIR/orbax"
+        "output",
+        type=folder_at,
+        metavar="OUTPUT",
+        help="folder to write; of Orbax also gs://..., of GGUF also FILE.gguf",
     )
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="cast all weights (otherwise each stays as it is stored)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    devices.add_arguments(parser, "from file to file where that is possible, else one model over all devices")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at DIR")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for flag in ("--format", "--gguf-type", "--gguf-widths", "--quantize", "--pad-to", "--dtype", "--revision"):
+        options.add(parser, flag)
+    for flag in ("--push-to-hub", "--private"):
+        options.add(parser, flag)
+    options.add_devices(parser, "from file to file where that is possible, else one model over all devices")
+    options.add(parser, "--overwrite", about="a model folder or GGUF file at OUTPUT")
+    options.add(parser, "--json")
+    options.add(parser, "--debug")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
-    args = parser().parse_args(argv)
-    return terminal.run("convert", lambda: _convert(args), debug=args.debug, processes=args)
+def main(argv: Sequence[str] | None = None, *, start: str = START) -> int:
+    """Runs the command line, which begins with `start`, and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(start).parse_args(argv)
+    request = options.request(ConvertRequest, args, devices=options.mesh_request(args))
+    return terminal.run(
+        "gluprune",
+        lambda: _convert(request),
+        debug=args.debug,
+        processes=options.request(ProcessesRequest, args),
+        flags=parser().flags,
+        kept=lambda: f"nothing is left half written; to start again:\n  {shlex.join([*start.split(), *argv])}",
+    )
 
 
-def _convert(args: argparse.Namespace) -> None:
-    formats = parse_formats(args.format)
-    with failing_together():
+def _convert(request: ConvertRequest) -> None:
+    formats = parse_formats(request.format, request.output)
+    gguf = gguf_options(formats, request.output, request.gguf_type, request.gguf_widths, request.quantize)
+    check_padding(request.pad_to, formats)
+    check_options(request.push_to_hub, request.private, request.output)
+    with synchronize_errors():
         if is_main():
-            refuse_format(args.output, formats)
-            check_target(args.output, args.overwrite)
-            refuse_own_folder(args.model, args.output)
+            check_format(request.output, formats)
+            check_target(request.output, request.overwrite)
+            check_not_own_folder(request.model, request.output)
+            if request.push_to_hub:
+                check_push(request.push_to_hub, private=request.private, overwrite=request.overwrite)
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(
-            args.model,
-            dtype=args.dtype,
-            revision=args.revision,
-            stream="orbax" not in formats and args.mesh == "auto" and not args.distributed,
-            mesh=devices.chooses(args, [Pruning()]),
+            request.model,
+            dtype=request.dtype,
+            revision=request.revision,
+            stream="orbax" not in formats and request.devices.mesh == "auto" and not request.distributed,
+            mesh=mesh_chooser(request.devices, [Pruning()]),
             progress=progress,
         )
-        convert.save(checkpoint, args.output, formats=formats, overwrite=args.overwrite, progress=progress)
-    if args.json:
+        notes = convert.save(
+            checkpoint,
+            request.output,
+            formats=formats,
+            overwrite=request.overwrite,
+            gguf=gguf,
+            pad_to=request.pad_to,
+            progress=progress,
+        )
+    if request.push_to_hub:
+        with synchronize_errors():
+            if is_main():
+                push_to_hub(
+                    Path(str(request.output)),
+                    request.push_to_hub,
+                    private=request.private,
+                    overwrite=request.overwrite,
+                )
+    if request.json:
         report = {
-            "model": args.model,
-            "output": str(args.output),
+            "model": request.model,
+            "output": str(request.output),
             "formats": formats,
             "parameters": checkpoint.config.num_parameters,
-            "notes": list(checkpoint.notes),
+            "notes": [*checkpoint.notes, *notes],
         }
+        if request.push_to_hub:
+            report["pushed_to"] = request.push_to_hub
         print(json.dumps(report, indent=1))
         return
-    for note in checkpoint.notes:
-        terminal.stderr().print(f"note: {note}", style="dim", markup=False)
-    print(f"wrote {' and '.join(formats)} to {args.output}: {checkpoint.config.num_parameters:,} parameters")
+    for note in (*checkpoint.notes, *notes):
+        terminal.note(note)
+    print(f"wrote {' and '.join(formats)} to {request.output}: {checkpoint.config.num_parameters:,} parameters")
+    if request.push_to_hub:
+        print(f"uploaded to https://huggingface.co/{request.push_to_hub}")
 
 
 if __name__ == "__main__":

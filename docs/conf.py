@@ -1,7 +1,10 @@
 """The documentation: `make docs` builds it, and takes every warning for an error."""
 
+import ast
 import importlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax.typing
@@ -47,6 +50,38 @@ UNIONS = {
         (jax.typing.DTypeLike, "DTypeLike"),
     )
 }
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules_of(package: str) -> Iterator[str]:
+    """The dotted names of a package's modules, found as files: commands and wings first, then what is in each wing."""
+    for file in sorted((ROOT / package).rglob("*.py"), key=lambda file: (len(file.parts), file)):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts[1:] != ("__init__",):  # the page itself
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def exports_of(package: str) -> Iterator[tuple[str, str]]:
+    """Each module that a package's `__init__` imports from, and the names that it takes from it."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, ", ".join(f"`{name.asname or name.name}`" for name in node.names)
+
+
+def reference(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Puts the modules of a package in place of `<!-- exports PACKAGE -->` and `<!-- modules PACKAGE -->` on a page."""
+    if not docname.startswith("api-"):
+        return
+    for package in ("gluprune_jax", "convert", "evals"):
+        exports = "\n".join(f"| {names} | {{py:mod}}`{module}` |" for module, names in exports_of(package))
+        modules = "\n\n".join(
+            f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```" for name in modules_of(package)
+        )
+        content[0] = content[0].replace(f"<!-- exports {package} -->", f"| name | from |\n|---|---|\n{exports}")
+        content[0] = content[0].replace(f"<!-- modules {package} -->", modules)
 
 
 class Help(SphinxDirective):
@@ -106,6 +141,7 @@ def write_math(translator: Any, node: nodes.Node) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """What Sphinx calls."""
     app.add_directive("help", Help)
+    app.connect("source-read", reference)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("autodoc-process-docstring", keep_columns, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", name_unions)

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-import evals.backend  # noqa: F401  (registers the model "gluprune")
-from evals.bootstrap import standard_errors
-from gluprune_jax import terminal
+from evals.harness.backend import GlupruneLM  # which registers the model "gluprune"
+from evals.harness.bootstrap import standard_errors
+from evals.harness.task_data import task_datasets
+from gluprune_jax.cli import terminal
 
 
 def run_lm_eval(argv: Sequence[str]) -> int:
@@ -17,16 +18,20 @@ def run_lm_eval(argv: Sequence[str]) -> int:
       argv: arguments of `lm-eval`, and `--debug`, which shows the traceback of an error.
     """
     arguments = [argument for argument in argv if argument != "--debug"]
-    return terminal.run("lm-eval", lambda: _lm_eval(arguments), debug=len(arguments) < len(argv))
+    flags = {"benchmark_data": "--benchmark-data of gluprune evaluate"}
+    return terminal.run("lm-eval", lambda: _lm_eval(arguments), debug=len(arguments) < len(argv), flags=flags)
 
 
 def _lm_eval(arguments: list[str]) -> None:
     from lm_eval.__main__ import cli_evaluate
 
+    GlupruneLM.progress = staticmethod(terminal.count_progress)
     true_arguments = sys.argv
     sys.argv = ["lm-eval", *arguments, *_batch_size_flag(arguments)]  # it reads no other
     try:
-        with standard_errors():  # lm-eval's own would fork this process, which JAX's threads may not survive
+        # lm-eval's own standard errors would fork this process, which JAX's threads may not survive; and what it says
+        # of data that cannot be had is a traceback.
+        with standard_errors(), task_datasets():
             cli_evaluate()
     finally:
         sys.argv = true_arguments

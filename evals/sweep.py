@@ -1,14 +1,12 @@
-"""A study of what pruning does to a model: `python -m evals.sweep`."""
+"""A study of what pruning does to a model: `gluprune sweep`, `python -m evals.sweep`."""
 
-import argparse
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
-import json
-import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,347 +14,359 @@ import numpy as np
 from numpy.typing import NDArray
 
 import convert
-from convert.store import DTYPE_NAMES, MODEL_HELP
-from convert.tokenizer import load_tokenizer
-from evals.__main__ import (
-    add_suite_arguments,
-    add_task_arguments,
-    check_installed,
-    data_folder,
-    use_compilation_cache,
-)
-from evals.footprint import evaluation_uses
-from evals.results import check_output, open_setting
-from evals.setting import describe_setting
-from evals.study import DENSE
-from evals.study_files import (
-    FLOORS_FILE,
+from convert.calibration_text import calibration_windows
+from convert.chat import fix_date
+from convert.tokenizer import load_tokenizer, tokens_beyond
+from evals.cli import options as eval_options
+from evals.harness.footprint import evaluation_uses
+from evals.harness.suites import SUITES, Benchmark, choose_benchmarks, find_suite
+from evals.results.setting import describe_setting
+from evals.results.store import check_output, open_setting
+from evals.study.folder import (
+    BASELINES_FILE,
     RESULTS_FOLDER,
     SWEEP_FILE,
     SWEEP_FORMAT,
     VERSION,
-    floors_of,
-    has_floors,
+    baselines_of,
+    has_baselines,
     is_sweep_row,
-    save_floors,
+    save_baselines,
 )
-from evals.suites import SUITES, Benchmark, choose_benchmarks, find_suite
-from gluprune_jax import devices, method_options, terminal
-from gluprune_jax.activation_statistics import describe_windows
-from gluprune_jax.allocation import FLOOR
-from gluprune_jax.atomic import check_file
-from gluprune_jax.distributed import check_same, failing_together, is_main
-from gluprune_jax.documents import read_documents
-from gluprune_jax.errors import RequestError
-from gluprune_jax.importance import fingerprint
-from gluprune_jax.methods import Chooser, Method, Pruned
-from gluprune_jax.plan import check_targets, spell_target, target_width
-from gluprune_jax.rows import Rows
-from gluprune_jax.trainable import checksum
+from evals.study.grid import Grid, parse_methods, sizes, smaller_sizes
+from evals.study.rows import ResumableRows, recorded_dates
+from evals.study.study import DENSE
+from gluprune_jax.cli import method_options, options, terminal
+from gluprune_jax.cli.processes import ProcessesRequest
+from gluprune_jax.data.documents import contents, read_documents
+from gluprune_jax.errors import RequestError, check_at_least
+from gluprune_jax.files.atomic import check_file
+from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
+from gluprune_jax.models.parameters import checksum
+from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_errors
+from gluprune_jax.pruning.methods import Chooser, Method, Pruned
+from gluprune_jax.pruning.plan import check_targets
+from gluprune_jax.pruning.scores import fingerprint
+from gluprune_jax.pruning.statistics import describe_windows
 
-LEVELS = "0,10,20,30,40,50,60"
+PERCENTS = (0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 KEPT_BINS = 64  # of neurons of a layer, in the picture of which were kept
 
-PRESETS: Mapping[str, Mapping[str, str]] = {
-    "paper-1b": {"model": "meta-llama/Llama-3.2-1B", "suite": "paper", "dtype": "bfloat16", "levels": LEVELS},
-    "paper-3b": {"model": "meta-llama/Llama-3.2-3B", "suite": "paper", "dtype": "bfloat16", "levels": LEVELS},
-    "paper-1b-instruct": {
-        "model": "meta-llama/Llama-3.2-1B-Instruct",
-        "suite": "paper-instruct",
-        "dtype": "bfloat16",
-        "levels": "0,10,40,60",
-    },
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A study of the paper; the fields are options of the same names."""
+
+    model: str
+    suite: str
+    dtype: str
+    prune_percent: tuple[float, ...]
+
+
+PRESETS: Mapping[str, Preset] = {
+    "paper-1b": Preset("meta-llama/Llama-3.2-1B", "paper", "bfloat16", PERCENTS),
+    "paper-3b": Preset("meta-llama/Llama-3.2-3B", "paper", "bfloat16", PERCENTS),
+    "paper-1b-instruct": Preset(
+        "meta-llama/Llama-3.2-1B-Instruct", "paper-instruct", "bfloat16", (0.0, 10.0, 40.0, 60.0)
+    ),
 }
 
 DESCRIPTION = """\
 Prunes a model to several sizes, evaluates each on a suite of benchmarks, tests what differs, and writes a report.
-Neurons are scored once and masked, so that all sizes run in the same compiled programs. The same command goes on
-where it was, whatever interrupted it.
+Neurons are scored once and masked, so that all sizes run in the same compiled programs. The same command resumes an
+interrupted run.
 
 examples:
-  python -m evals.sweep --model demo --levels 0,10,20,40 --suite quick --data-dir demo --output study
-  python -m evals.sweep --preset paper-1b --output study
-  python -m evals.sweep --model llama-1b --methods ppm hybrid+least-squares --calibration corpus.txt \\
-      --levels 10,20,40 --suite paper --items 200 --output study
+  gluprune sweep --model demo --prune-percent 0,10,20,40 --suite quick --benchmark-data demo --output study
+  gluprune sweep --preset paper-1b --output study
+  gluprune sweep --model llama-1b --methods ppm,hybrid+least-squares --calibration-data corpus.txt \\
+      --prune-percent 10,20,40 --suite paper --limit 200,wikitext=20 --output study
 """
+START = "python -m evals.sweep"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = terminal.ArgumentParser("python -m evals.sweep", DESCRIPTION)
-    parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="cast all weights as they are read, and compute in it")
+@dataclasses.dataclass(frozen=True)
+class SweepRequest:
+    """Which model is studied, on what and how; the fields are options of the same names, after the preset."""
+
+    model: str | None
+    revision: str | None
+    dtype: str | None
+    methods: tuple[str, ...]
+    prune_percent: tuple[float, ...] | None
+    expansion_ratio: tuple[str, ...] | None
+    width: tuple[int, ...] | None
+    multiple_of: int
+    min_keep: float
+    slice: bool
+    calibration: tuple[str, ...]
+    calibration_tokens: int
+    sequence_length: int
+    suite: str | None
+    tasks: str | None
+    limit: str | None
+    apply_chat_template: bool
+    chat_template: str | None
+    thinking: str | None
+    date: datetime.date | None
+    benchmark_data: str | None
+    include_path: Path | None
+    output: Path
+    overwrite: bool
+    resume: bool
+    batch_size: int | None
+    context_length: int | None
+    json: bool
+    devices: MeshRequest
+
+
+def parser(start: str = START) -> terminal.ArgumentParser:
+    """The command line; `start` is what it begins with."""
+    parser = terminal.ArgumentParser(start, DESCRIPTION)
+    options.add_model(parser, required=False)
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="model, suite, levels and dtype of the paper; options beside it count more",
+        help="model, suite, sizes and dtype of the paper; explicit options override the preset",
     )
     which = parser.add_argument_group("what is studied")
-    which.add_argument(
-        "--methods",
-        nargs="+",
-        default=["ppm"],
-        metavar="METHOD",
-        help="criterion, and behind it what else is done, such as hybrid+least-squares (as for gluprune_jax.compare)",
-    )
-    sizes = which.add_mutually_exclusive_group()
-    sizes.add_argument(
-        "--levels", metavar="LIST", help=f"percent of the neurons to remove, comma-separated (default: {LEVELS})"
-    )
-    sizes.add_argument("--expansion-ratio", metavar="LIST", help="or intermediate size over hidden size")
-    which.add_argument("--multiple-of", type=int, default=1, metavar="M", help="floor widths to a multiple of M")
-    which.add_argument(
-        "--floor", type=float, default=FLOOR, metavar="X", help="the least share a layer keeps, if they differ"
-    )
+    options.add(which, "--methods", default=("ppm",))
+    targets = which.add_mutually_exclusive_group()
+    spelled = ",".join(f"{percent:g}" for percent in PERCENTS)
+    options.add(targets, "--prune-percent", about=f"; 0 is the dense model (default: {spelled})")
+    options.add(targets, "--expansion-ratio")
+    options.add(targets, "--width")
+    options.add(which, "--multiple-of")
+    options.add(which, "--min-keep")
     which.add_argument(
         "--slice", action="store_true", help="evaluate models that are really smaller, each in programs of its own"
     )
-    method_options.add_calibration_arguments(parser)
+    options.add_calibration(parser)
     what = parser.add_argument_group("what is evaluated")
-    add_suite_arguments(what, required=False)
-    what.add_argument(
-        "--items",
-        metavar="N",
-        help="items of each benchmark, divided over its tasks: at least N in all, the first ones of each (default: the "
-        "suite's own number); benchmarks whose items are large may have their own, such as 50,wikitext=10",
-    )
-    add_task_arguments(what)
+    eval_options.add_suite(what, required=False)
+    options.add(what, "--limit")
+    eval_options.add_harness(what)
     how = parser.add_argument_group("how")
-    how.add_argument("--output", type=Path, default=Path("study"), metavar="DIR", help="folder of the study")
-    how.add_argument("--overwrite", action="store_true", help=f"start anew where DIR has another {SWEEP_FILE}")
-    how.add_argument("--batch-size", type=int, metavar="N", help="rows of a batch (otherwise by the memory there is)")
-    how.add_argument("--max-length", type=int, metavar="N", help="tokens of the window, if fewer than the model's")
-    how.add_argument("--json", action="store_true", help="print what the study says as one JSON document")
-    how.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    devices.add_arguments(parser, "as many replicas as fit")
+    options.add(how, "--output", about="folder of the study", type=Path, default=Path("study"))
+    options.add(how, "--overwrite", about=f"what is in DIR, if it has another {SWEEP_FILE}")
+    options.add(how, "--resume")
+    options.add(how, "--batch-size", about=" in each replica (default: by the memory there is)")
+    options.add(how, "--context-length")
+    options.add(how, "--json")
+    options.add(how, "--debug")
+    options.add_devices(parser, "as many replicas as fit")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
+def main(argv: Sequence[str] | None = None, *, start: str = START) -> int:
+    """Runs the command line, which begins with `start`, and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    for name, value in PRESETS.get(args.preset, {}).items():
-        is_given = getattr(args, name) is not None
-        replaced = {"levels": args.expansion_ratio, "suite": args.tasks}.get(name) is not None
-        if not (is_given or replaced):
-            setattr(args, name, value)
-    command = shlex.join(["python", "-m", "evals.sweep", *argv])
-    return terminal.run("evals.sweep", lambda: _run(args, command), debug=args.debug, processes=args)
+    args = parser(start).parse_args(argv)
+    command = shlex.join([*start.split(), *argv])
+    request = _with_preset(options.request(SweepRequest, args, devices=options.mesh_request(args)), args.preset)
+    return terminal.run(
+        "gluprune",
+        lambda: _sweep(request, command),
+        debug=args.debug,
+        processes=options.request(ProcessesRequest, args),
+        flags=parser().flags,
+        kept=lambda: f"what was measured so far is saved in {request.output}; to resume:\n  {command}",
+    )
 
 
-def _run(args: argparse.Namespace, command: str) -> None:
-    try:
-        _sweep(args, command)
-    except KeyboardInterrupt:
-        message = f"what was measured so far is saved in {args.output}; to go on from there:\n  {command}"
-        terminal.stderr().print(message, markup=False)
-        raise
+def _with_preset(request: SweepRequest, name: str | None) -> SweepRequest:
+    """A request with what a preset says and no option says otherwise; without both, the sizes of the paper."""
+    has_size = request.prune_percent or request.expansion_ratio or request.width
+    if name is None:
+        return request if has_size else dataclasses.replace(request, prune_percent=PERCENTS)
+    preset = PRESETS[name]
+    return dataclasses.replace(
+        request,
+        model=request.model or preset.model,
+        dtype=request.dtype or preset.dtype,
+        suite=request.suite if request.suite or request.tasks else preset.suite,
+        prune_percent=request.prune_percent if has_size else preset.prune_percent,
+    )
 
 
-def _sweep(args: argparse.Namespace, command: str) -> None:
-    from evals.report.files import print_study, write_report
-    from evals.run import load_benchmarks
-    from evals.study_files import load_study
+def _sweep(request: SweepRequest, command: str) -> None:
+    from evals.cli.study import print_study
+    from evals.harness.run import check_testable, load_benchmarks
+    from evals.report.files import write_report
+    from evals.study.folder import load_study
 
-    wanted, targets = _check_request(args)
-    with failing_together():
+    wanted, targets, model = _check_request(request)
+    with synchronize_errors():
         if is_main():
-            check_output(args.output / RESULTS_FOLDER)
-            check_file(args.output / SWEEP_FILE, overwrite=True)
-        benchmarks, manager = choose_benchmarks(args.suite, args.tasks, args.include_path)
-        items = _items(args.items, [benchmark.name for benchmark in benchmarks])
+            check_output(request.output / RESULTS_FOLDER)
+            check_file(request.output / SWEEP_FILE, overwrite=True)
+        benchmarks, manager = choose_benchmarks(request.suite, request.tasks, request.include_path)
+        items = _items(request.limit, [benchmark.name for benchmark in benchmarks])
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:
             loaded = load_benchmarks(
-                benchmarks, manager, data_dir=data_folder(args.data_dir), note=_note, on_loaded=progress
+                benchmarks,
+                manager,
+                benchmark_data=eval_options.data_folder(request.benchmark_data),
+                note=terminal.note,
+                on_loaded=progress,
             )
-        limits = {one.benchmark.name: _limit(args.suite, items, one) for one in loaded}
-        documents = [document for name in args.calibration or () for document in read_documents(name, "--calibration")]
-    check_same("the texts of --calibration", (json.dumps(document).encode() for document in documents))
-    use_compilation_cache()
+        suite_limit = find_suite(request.suite).limit if request.suite and items is None else None
+        limits = {
+            one.benchmark.name: suite_limit if items is None else eval_options.items_per_task(items, one, loaded)
+            for one in loaded
+        }
+        for one in loaded:
+            check_testable(one, limits[one.benchmark.name])
+        documents = read_documents(request.calibration, "--calibration-data", terminal.note)
+    check_same("the texts of --calibration-data", contents(documents))
+    eval_options.use_compilation_cache()
     with terminal.byte_progress() as progress:
         checkpoint = convert.load(
-            args.model,
-            dtype=args.dtype,
-            revision=args.revision,
-            mesh=devices.chooses(args, evaluation_uses(args.batch_size, args.max_length, args.device_memory)),
+            model,
+            dtype=request.dtype,
+            revision=request.revision,
+            mesh=mesh_chooser(
+                request.devices,
+                evaluation_uses(request.batch_size, request.context_length, request.devices.device_memory),
+            ),
             progress=progress,
         )
     for text in checkpoint.notes:
-        _note(text)
-    with failing_together():
-        targets = _smaller(checkpoint, targets)
+        terminal.note(text)
+    has_chats = any(document.kind == "chat" for document in documents)
+    with synchronize_errors():
+        tokenizer = load_tokenizer(checkpoint, request.chat_template)
+    has_prompts = has_chats or request.apply_chat_template
+    recorded = recorded_dates(request.output / SWEEP_FILE)
+    date = fix_date(tokenizer if has_prompts else None, request.date, recorded, terminal.note)
+    text_date, prompt_date = date if has_chats else None, date if request.apply_chat_template else None
+    with synchronize_errors():
+        targets = smaller_sizes(checkpoint.config, targets)
         check_targets(checkpoint.config, targets)
-        windows = method_options.calibration_windows(checkpoint, documents, args) if documents else None
-    rows = Rows.open(
-        args.output / SWEEP_FILE,
-        _about(args, checkpoint, benchmarks, items, windows),
+        if beyond := tokens_beyond(tokenizer, checkpoint.config.vocab_size):
+            terminal.note(beyond)
+        windows = None
+        if documents:
+            windows = calibration_windows(
+                checkpoint,
+                documents,
+                tokens=request.calibration_tokens,
+                sequence_length=request.sequence_length,
+                chat_template=request.chat_template,
+                date=text_date,
+            )
+    calibration = None if windows is None else describe_windows(windows, request.calibration, text_date)
+    rows = ResumableRows.open(
+        request.output / SWEEP_FILE,
+        _about(request, prompt_date, checkpoint, benchmarks, items, calibration),
         is_row=is_sweep_row,
-        overwrite=args.overwrite,
+        overwrite=request.overwrite,
         optional=("calibration",),
+        resume=request.resume,
     )
     chooser = Chooser(
         checkpoint.model,
         checkpoint.mlp_weights,
         windows=windows,
-        names=args.calibration or (),
+        names=request.calibration,
+        date=text_date,
         refits=any(method.needs_grams for method in wanted),
+        progress=terminal.count_progress,
     )
-    measure = functools.partial(_measure, args, command, checkpoint, loaded, limits)
-    for key, pruned in _models(wanted, targets, chooser, rows):
-        _note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
+    measure = functools.partial(_measure, request, prompt_date, command, checkpoint, loaded, limits)
+    grid = Grid(wanted, targets, {"method": DENSE, "level": DENSE}, "level")
+    for key, _, pruned in grid.missing(chooser, rows):
+        terminal.note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
         rows.add({**key, **_describe(checkpoint, pruned), **measure(pruned)})
-        _write_floors(args, checkpoint, loaded, limits, rows)  # early, so that what is there can be reported
-    _write_floors(args, checkpoint, loaded, limits, rows)  # where a run was killed before it got to them
-    with failing_together():
+        _write_baselines(request, checkpoint, loaded, limits, rows)  # early, so that what is there can be reported
+    _write_baselines(request, checkpoint, loaded, limits, rows)  # where a run was killed before it got to them
+    with synchronize_errors():
         if is_main():
-            study = load_study(args.output)
-            write_report(study, args.output)
-            print_study(study, as_json=args.json)
-            if not args.json:
-                print(f"report: {args.output / 'report.html'}")
+            study = load_study(request.output)
+            write_report(study, request.output)
+            print_study(study, as_json=request.json)
+            if not request.json:
+                print(f"report: {request.output / 'report.html'}")
 
 
 # ------------------------------------------------------------------------------------------------- what is asked
 
 
-def _check_request(args: argparse.Namespace) -> tuple[list[Method], list[dict[str, Any]]]:
-    """Refuses early what could only fail late; returns methods and sizes."""
-    if args.model is None:
+def _check_request(request: SweepRequest) -> tuple[list[Method], list[dict[str, Any]], str]:
+    """Refuses early what could only fail late; returns methods, sizes and the model."""
+    if request.model is None:
         raise RequestError("no model: give --model MODEL or --preset NAME")
-    if args.suite is None and args.tasks is None:
+    if request.suite is None and request.tasks is None:
         raise RequestError(f"no benchmarks: give --suite NAME ({', '.join(SUITES)}) or --tasks LIST")
-    for flag, least in (("batch_size", 1), ("max_length", 2), ("multiple_of", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise RequestError(f"--{flag.replace('_', '-')} is {value}; it must be at least {least}")
-    if doubled := [text for text in args.methods if args.methods.count(text) > 1]:
-        raise RequestError(f"--methods has {doubled[0]} twice; give each once")
-    wanted = [Method.parse(text, floor=args.floor) for text in args.methods]
-    method_options.check_calibration_request(args, wanted)
-    if args.calibration and not any(method.needs_text or method.needs_statistics for method in wanted):
-        raise RequestError("nothing looks at --calibration; give a method that does, or leave it out")
-    if args.include_path is not None and not args.include_path.is_dir():
-        raise RequestError(f"--include-path {args.include_path} is no folder; give one with task definitions")
-    check_installed(is_study=True)
-    return wanted, _targets(args)
+    check_at_least(1, batch_size=request.batch_size, multiple_of=request.multiple_of)
+    check_at_least(2, context_length=request.context_length)
+    wanted = parse_methods(request.methods, request.min_keep)
+    method_options.check_calibration(request, wanted)
+    if request.calibration and not any(method.needs_text or method.needs_statistics for method in wanted):
+        raise RequestError(
+            f"--calibration-data has no effect with --methods {','.join(request.methods)}; give a method that uses "
+            f"activations, or leave it out"
+        )
+    if request.chat_template is not None and not (request.apply_chat_template or request.calibration):
+        raise RequestError(
+            "--chat-template has no effect; give --apply-chat-template, or --calibration-data with conversations, or "
+            "leave it out"
+        )
+    if request.thinking is not None and not request.apply_chat_template:
+        raise RequestError("--thinking is a mode of the chat template; give --apply-chat-template too, or leave it out")
+    eval_options.check_include_path(request.include_path)
+    eval_options.check_installed(is_study=True)
+    targets = sizes(
+        multiple_of=request.multiple_of,
+        prune_percent=request.prune_percent,
+        expansion_ratio=request.expansion_ratio,
+        width=request.width,
+    )
+    return wanted, targets, request.model
 
 
-def _targets(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sizes that were asked for, none of which is the dense model's by its number alone."""
-    if args.expansion_ratio is not None:
-        kind, flag, texts = "expansion_ratio", "--expansion-ratio", args.expansion_ratio.split(",")
-    else:
-        kind, flag, texts = "prune_percent", "--levels", (args.levels or LEVELS).split(",")
-    targets: list[dict[str, Any]] = []
-    for text in texts:
-        try:
-            number = float(text)
-        except ValueError:
-            raise RequestError(
-                f"{flag} has {text.strip()!r}; give numbers, comma-separated, such as {LEVELS}"
-            ) from None
-        if not math.isfinite(number) or number < 0:
-            raise RequestError(f"{flag} has {text.strip()}; numbers from 0 are accepted")
-        value = number if kind == "prune_percent" else text.strip()
-        target: dict[str, Any] = {kind: value, "multiple_of": args.multiple_of}
-        if number == 0 and kind == "prune_percent":
-            continue  # the dense model is always there
-        # What is no such number is refused before a model is loaded.
-        target_width(100, 100, **{name: target[name] for name in (kind,)})
-        if spell_target(target) in map(spell_target, targets):
-            raise RequestError(f"{flag} has {text.strip()} twice; give each size once")
-        targets.append(target)
-    return targets
-
-
-def _smaller(checkpoint: convert.Checkpoint, targets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sizes without the model's own, which an expansion ratio may name."""
-    sizes, hidden_size = checkpoint.config.intermediate_sizes, checkpoint.config.hidden_size
-
-    def is_own(target: Mapping[str, Any]) -> bool:
-        share = {key: value for key, value in target.items() if key != "multiple_of"}
-        return all(target_width(size, hidden_size, **share) == size for size in sizes)
-
-    return [target for target in targets if not is_own(target)]
-
-
-def _items(text: str | None, benchmarks: Sequence[str]) -> dict[str, int] | None:
-    """Items of each benchmark that `--items` asks for: a number, and others for some of them; None leaves it open."""
-    if text is None:
+def _items(limit: str | None, benchmarks: Sequence[str]) -> dict[str, int] | None:
+    """Items of each benchmark that `--limit` asks for; None leaves them to the suite."""
+    found = eval_options.parse_limit(limit, benchmarks)
+    if found is None:
         return None
-    found: dict[str, int] = {}
-    common = None
-    for part in text.split(","):
-        name, equals, number = part.strip().rpartition("=")
-        if not (number.isdecimal() and int(number)) or (equals and not name):
-            raise RequestError(f"--items is {text}; give a whole number from 1, or with others such as 50,wikitext=10")
-        if equals and name not in benchmarks:
-            raise RequestError(f"--items names {name}, which is not evaluated; there are {', '.join(benchmarks)}")
-        if name in found or (not equals and common is not None):
-            raise RequestError(f"--items is {text}; give one number for all, and one for each benchmark that is named")
-        if equals:
-            found[name] = int(number)
-        else:
-            common = int(number)
-    if common is None and (missing := [name for name in benchmarks if name not in found]):
-        raise RequestError(f"--items has no number for {missing[0]}; give one for all, such as 50,{text}")
-    return {name: found.get(name, common or 0) for name in benchmarks}
-
-
-def _limit(suite: str | None, items: Mapping[str, int] | None, loaded: Any) -> int | None:
-    """Items of each task of a benchmark."""
-    if items is not None:
-        return math.ceil(items[loaded.benchmark.name] / len(loaded.tasks["tasks"]))
-    return None if suite is None else find_suite(suite).limit
+    items = {name: int(value) for name, value in found.items()}
+    if 0 in items.values():
+        raise RequestError(f"--limit is {limit}; a sweep takes whole numbers from 1")
+    return items
 
 
 def _about(
-    args: argparse.Namespace,
+    request: SweepRequest,
+    date: datetime.date | None,
     checkpoint: convert.Checkpoint,
     benchmarks: Sequence[Benchmark],
     items: Mapping[str, int] | None,
-    windows: NDArray[np.int32] | None,
+    calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     return {
         "format": SWEEP_FORMAT,
         "version": VERSION,
-        "model": args.model,
-        "weights": [fingerprint(checkpoint.model), checksum(checkpoint.model, mlps=False), args.dtype],
+        "model": request.model,
+        "weights": [fingerprint(checkpoint.model), checksum(checkpoint.model, mlps=False), request.dtype],
         "hidden_size": checkpoint.config.hidden_size,
         "gluprune_jax": importlib.metadata.version("gluprune-jax"),
         "benchmarks": [benchmark.name for benchmark in benchmarks],
         "items": items,
-        "suite": args.suite,
-        "data_dir": args.data_dir,
-        "apply_chat_template": args.apply_chat_template,
-        "max_length": args.max_length,
-        "calibration": None if windows is None else describe_windows(windows, args.calibration),
-        "multiple_of": args.multiple_of,
-        "floor": args.floor,
-        "slice": args.slice,
+        "suite": request.suite,
+        "data_dir": request.benchmark_data,
+        "apply_chat_template": request.chat_template or request.apply_chat_template,
+        **({} if date is None else {"date": date.isoformat()}),
+        **({} if request.thinking is None else {"thinking": request.thinking}),
+        "max_length": request.context_length,
+        "calibration": calibration,
+        "multiple_of": request.multiple_of,
+        "floor": request.min_keep,
+        "slice": request.slice,
     }
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
-
-
-def _models(
-    wanted: Sequence[Method], targets: Sequence[Mapping[str, Any]], chooser: Chooser, rows: Rows
-) -> Iterator[tuple[dict[str, Any], Pruned | None]]:
-    """The models that are not finished: the dense one, and each method at each size."""
-    dense = {"method": DENSE, "level": DENSE}
-    if rows.find(dense) is None:
-        yield dense, None
-    for method in wanted:
-        keys = [{"method": str(method), "level": spell_target(target)} for target in targets]
-        missing = [number for number, key in enumerate(keys) if rows.find(key) is None]
-        # In order, nothing is shared between sizes: each is measured before the next is computed.
-        batches = [[number] for number in missing] if method.in_order else [missing] * bool(missing)
-        for batch in batches:
-            for number, pruned in zip(batch, chooser.choose(method, [targets[n] for n in batch]), strict=True):
-                yield keys[number], pruned
 
 
 def _describe(checkpoint: convert.Checkpoint, pruned: Pruned | None) -> dict[str, Any]:
@@ -382,94 +392,100 @@ def _density(kept: NDArray[Any], size: int) -> list[float]:
 
 
 def _measure(
-    args: argparse.Namespace,
+    request: SweepRequest,
+    date: datetime.date | None,
     command: str,
     checkpoint: convert.Checkpoint,
     loaded: Sequence[Any],
-    limits: Mapping[str, int | None],
+    limits: Mapping[str, eval_options.Limit | None],
     pruned: Pruned | None,
 ) -> dict[str, Any]:
     """Evaluates one model on all benchmarks, from where an interrupted run left it."""
-    from evals.backend import GlupruneLM
-    from evals.outcomes import check_is_mean
-    from evals.run import evaluate
+    from evals.harness.backend import GlupruneLM
+    from evals.harness.run import evaluate
+    from evals.results.outcomes import check_is_mean
 
     plan = None if pruned is None else pruned.plan
     if pruned is not None:
         checkpoint = dataclasses.replace(checkpoint, model=pruned.apply(checkpoint.model))
-    if plan is not None and args.slice:
+    if plan is not None and request.slice:
         checkpoint, plan = checkpoint.pruned(plan), None
     with terminal.byte_progress() as progress:
         setting = describe_setting(
             checkpoint,
-            load_tokenizer(checkpoint),
+            load_tokenizer(checkpoint, request.chat_template, request.thinking),
             plan=plan,
-            max_length=args.max_length,
-            apply_chat_template=args.apply_chat_template,
+            context_length=request.context_length,
+            apply_chat_template=request.apply_chat_template,
+            date=date,
             progress=progress,
         )
     stems = {}
-    with open_setting(args.output / RESULTS_FOLDER, setting) as folder:
+    with open_setting(request.output / RESULTS_FOLDER, setting) as folder:
+        GlupruneLM.progress = staticmethod(terminal.count_progress)
         lm = GlupruneLM.from_checkpoint(
             checkpoint,
             neuron_masks=None if plan is None else plan.masks(checkpoint.config),
-            batch_size=args.batch_size,
-            max_length=args.max_length,
+            batch_size=request.batch_size,
+            context_length=request.context_length,
+            date=date,
+            # No BOS is the paper's protocol; `describe_setting` records which.
+            add_bos_token=checkpoint.family.needs_bos,
             journal=folder.journal,
-            note=_note,
+            note=terminal.note,
+            chat_template=request.chat_template,
+            thinking=request.thinking,
         )
         for benchmark in loaded:
             (result,) = evaluate(
                 lm,
                 [benchmark],
                 limit=limits[benchmark.benchmark.name],
-                apply_chat_template=args.apply_chat_template,
+                apply_chat_template=request.apply_chat_template,
                 journal=folder.journal,
-                about={"command": command, "revision": args.revision, "data": args.data_dir},
+                about={"command": command, "revision": request.revision, "data": request.benchmark_data},
             )
             check_is_mean(result)
             stored = folder.save(result)
             stems[stored.benchmark] = stored.file_stem
-            _note(f"{stored.title}: {stored.metric} {stored.value:.4f} ({stored.num_items:,} items)")
+            terminal.note(f"{stored.title}: {stored.metric} {stored.value:.4f} ({stored.num_items:,} items)")
         return {"setting": folder.path.name, "results": stems}
 
 
-def _write_floors(
-    args: argparse.Namespace,
+def _write_baselines(
+    request: SweepRequest,
     checkpoint: convert.Checkpoint,
     loaded: Sequence[Any],
-    limits: Mapping[str, int | None],
-    rows: Rows,
+    limits: Mapping[str, eval_options.Limit | None],
+    rows: ResumableRows,
 ) -> None:
-    """Computes what responders that know nothing score, unless that was done before."""
-    from evals.floors import floors
-    from evals.results import load_result
+    """Computes the no-knowledge baselines, unless that was done before."""
+    from evals.results.store import load_result
+    from evals.study.baselines import baselines
 
-    with failing_together():
+    with synchronize_errors():
         if not is_main():
             return
-        path = args.output / FLOORS_FILE
+        path = request.output / BASELINES_FILE
         dense = rows.document["rows"][0]
-        folder = args.output / RESULTS_FOLDER / dense["setting"]
+        folder = request.output / RESULTS_FOLDER / dense["setting"]
         results = {name: load_result(folder / f"{stem}.json") for name, stem in dense["results"].items()}
-        of = floors_of(rows.document, {name: result.data for name, result in results.items()})
-        if has_floors(path, of):
+        of = baselines_of(rows.document, {name: result.data for name, result in results.items()})
+        if has_baselines(path, of):
             return
         tokenizer, vocab_size = load_tokenizer(checkpoint), checkpoint.config.vocab_size
         tokenize = functools.partial(tokenizer.encode, add_special_tokens=False)
         found = {}
-        with terminal.count_progress("floors", len(loaded), "benchmarks") as progress:
+        with terminal.count_progress("no-knowledge baselines", len(loaded), "benchmarks") as progress:
             for number, benchmark in enumerate(loaded, start=1):
                 name = benchmark.benchmark.name
                 metric = results[name].metric
-                responders = floors(benchmark, metric, limit=limits[name], tokenize=tokenize, vocab_size=vocab_size)
-                found[name] = metric, responders
+                found[name] = (
+                    metric,
+                    baselines(benchmark, metric, limit=limits[name], tokenize=tokenize, vocab_size=vocab_size),
+                )
                 progress(number)
-        save_floors(path, found, of)
-
-
-def _note(text: str) -> None:
-    terminal.stderr().print(f"note: {text}", style="dim", markup=False)
+        save_baselines(path, found, of)
 
 
 if __name__ == "__main__":

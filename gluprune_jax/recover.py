@@ -1,7 +1,7 @@
 """Recovery training of a pruned model: `python -m gluprune_jax.recover`."""
 
-import argparse
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -9,158 +9,304 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
-from rich.console import Console
 
 import convert
+from convert.chat import fix_date
+from convert.gguf.export import GGUFOptions, prepare_gguf
 from convert.model_card import recovery_card
-from convert.store import FORMATS, MODEL_HELP, parse_formats, refuse_own_folder
-from convert.tokenizer import encode_documents, load_tokenizer, separator
-from gluprune_jax import devices, terminal
-from gluprune_jax.atomic import check_file, check_target, refuse_address
-from gluprune_jax.distributed import check_same, failing_together, is_main, least
-from gluprune_jax.documents import DATA_HELP, read_documents
-from gluprune_jax.errors import RequestError
-from gluprune_jax.mesh import mesh_of, parse_mesh, shape_of
-from gluprune_jax.model import Llama, abstract_model
-from gluprune_jax.packing import pack
-from gluprune_jax.recovery import COMPUTE_DTYPES, Recipe, Recovery, train
-from gluprune_jax.trainable import WHAT, Trainable, check_rank, checksum
-from gluprune_jax.training import Objective, Schedule
-from gluprune_jax.training_checkpoints import TrainingCheckpoints
-from gluprune_jax.training_memory import choose_training_mesh
+from convert.output import check_format, check_not_own_folder, check_target, parse_formats
+from convert.tokenizer import (
+    beginning,
+    check_ids,
+    encode_documents,
+    has_tokenizer,
+    load_tokenizer,
+    separator,
+    tokens_beyond,
+)
+from evals.perplexity import Perplexity, text_perplexity
+from gluprune_jax.cli import options, terminal
+from gluprune_jax.cli.processes import ProcessesRequest
+from gluprune_jax.data.documents import DATA_HELP, contents, evaluation_text, read_documents
+from gluprune_jax.data.packing import pack
+from gluprune_jax.errors import RequestError, check_at_least
+from gluprune_jax.files.atomic import check_file, check_no_address
+from gluprune_jax.memory.mesh_choice import MeshRequest
+from gluprune_jax.memory.training import choose_training_mesh
+from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.models.parameters import abstract_model, checksum
+from gluprune_jax.parallel.distributed import check_same, is_main, min_over_processes, synchronize_errors
+from gluprune_jax.parallel.mesh import mesh_of, parse_mesh, shape_of
+from gluprune_jax.training.checkpoints import TrainingCheckpoints, list_checkpoints, recorded_dates
+from gluprune_jax.training.recovery import COMPUTE_DTYPES, Recipe, Recovery, read_log, train
+from gluprune_jax.training.step import Objective, Schedule
+from gluprune_jax.training.trainable import WHAT, Trainable, check_rank
 
 LORA_RANK, LORA_ALPHA = 16, 32.0
 
 DESCRIPTION = """\
 Trains a pruned model so that it recovers: by distillation from the dense model (--teacher), or by plain language
-modelling. All windows of the data are shuffled anew in every epoch. A run that was killed goes on from its last
-checkpoint when the same command is given again, with the numbers of an unbroken run.
+modelling. All windows of the data are shuffled anew in every epoch. An interrupted run resumes from its last checkpoint
+when the same command is given again, with the numbers of an unbroken run.
 
 examples:
-  python -m gluprune_jax.recover --model smollm2-2.4x --teacher demo --data corpus.txt --steps 500 --output recovered
-  python -m gluprune_jax.recover --model llama-1b-2.4x --teacher meta-llama/Llama-3.2-1B --data chats.jsonl \\
+  gluprune recover --model smollm2-2.4x --teacher demo --train-data corpus.txt --steps 500 --evaluate --output recovered
+  gluprune recover --model llama-1b-2.4x --teacher meta-llama/Llama-3.2-1B --train-data chats.jsonl \\
       --train lora --lora-rank 32 --learning-rate 2e-4 --compute-dtype bfloat16 --tokens 20000000 --output recovered
 """
+START = "python -m gluprune_jax.recover"
+# What settings in training checkpoints were called.
+FORMER_SETTINGS = {"--data": "--train-data", "--window": "--sequence-length"}
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = terminal.ArgumentParser("python -m gluprune_jax.recover", DESCRIPTION)
-    parser.add_argument("--model", required=True, metavar="MODEL", help=f"the pruned model: {MODEL_HELP}")
-    parser.add_argument("--teacher", metavar="MODEL", help="the dense model to learn from (otherwise plain text)")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="TEXT",
-        help=DATA_HELP,
-    )
+@dataclasses.dataclass(frozen=True)
+class RecoverRequest:
+    """What is to be trained, how, and what is written; the fields are options of the same names."""
+
+    model: str
+    revision: str | None
+    dtype: str | None
+    teacher: str | None
+    train_data: tuple[str, ...]
+    chat_template: str | None
+    date: datetime.date | None
+    output: Path
+    format: str | None
+    overwrite: bool
+    resume: bool
+    log: Path | None
+    checkpoints: Path | None
+    checkpoint_every: int
+    keep_checkpoints: bool
+    json: bool
+    train: Literal["all", "mlp", "lora"]
+    lora_rank: int
+    lora_alpha: float
+    kl_weight: float | None
+    ce_weight: float | None
+    hidden_weight: float
+    temperature: float
+    steps: int | None
+    tokens: int | None
+    sequence_length: int
+    batch_size: int
+    accumulate: int
+    learning_rate: float
+    warmup_steps: int
+    clip: float
+    weight_decay: float
+    compute_dtype: str
+    seed: int
+    eval_data: tuple[str, ...]
+    eval_tokens: int
+    devices: MeshRequest
+
+    @property
+    def checkpoints_at(self) -> Path:
+        """The folder of the training checkpoints."""
+        return self.checkpoints or self.output.with_name(f"{self.output.name}.recovery")
+
+    @property
+    def log_at(self) -> Path:
+        """The file of the log."""
+        return self.log or self.output.with_name(f"{self.output.name}.recovery.jsonl")
+
+
+def parser(start: str = START) -> terminal.ArgumentParser:
+    """The command line; `start` is what it begins with."""
+    parser = terminal.ArgumentParser(start, DESCRIPTION)
+    options.add_model(parser)
+    parser.add_argument("--teacher", metavar="MODEL", help="dense model to distil from (default: train on text alone)")
+    parser.add_argument("--train-data", nargs="+", required=True, metavar="TEXT", help=f"training text: {DATA_HELP}")
+    options.add(parser, "--chat-template")
+    options.add(parser, "--date")
     output = parser.add_argument_group("what to write")
-    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the trained model")
-    output.add_argument(
-        "--format",
-        default="hf",
-        metavar="LIST",
-        help=f"{' and/or '.join(FORMATS)}, comma-separated; orbax goes to DIR/orbax",
-    )
-    output.add_argument(
-        "--overwrite", action="store_true", help="replace the model that is at DIR, and what --log names"
-    )
+    options.add(output, "--output", about="folder for the trained model", required=True, type=Path)
+    options.add(output, "--format")
+    options.add(output, "--overwrite", about="the model that is at DIR, and what --log names")
+    options.add(output, "--resume")
     output.add_argument("--log", type=Path, metavar="FILE", help="JSON lines, one a step (default: DIR.recovery.jsonl)")
     output.add_argument(
-        "--checkpoints", type=Path, metavar="DIR", help="to go on from (default: the output's .recovery)"
+        "--checkpoints", type=Path, metavar="DIR", help="folder of the training checkpoints (default: DIR.recovery)"
     )
-    output.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps between them; 0: none")
-    output.add_argument("--keep-checkpoints", action="store_true", help="also when the model is written")
-    output.add_argument("--json", action="store_true", help="print one JSON document at the end")
+    output.add_argument(
+        "--checkpoint-every", type=int, default=500, metavar="N", help="steps between checkpoints; 0 saves none"
+    )
+    output.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep training checkpoints after the final model is saved"
+    )
+    options.add(output, "--json")
 
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--train", choices=WHAT, default="all", help="all weights, those of the MLPs, or adapters")
+    what.add_argument("--train", choices=WHAT, default="all", help="all weights, those of the MLPs, or LoRA adapters")
     what.add_argument(
-        "--lora-rank", type=int, default=LORA_RANK, metavar="R", help="of the adapters, which the output has merged"
+        "--lora-rank",
+        type=int,
+        default=LORA_RANK,
+        metavar="R",
+        help="rank of the adapters, which are merged at the end",
     )
     what.add_argument("--lora-alpha", type=float, default=LORA_ALPHA, metavar="A", help="adapters are scaled by A / R")
 
     losses = parser.add_argument_group("losses")
-    losses.add_argument("--kl-weight", type=float, metavar="W", help="of the distillation (1 with a teacher, else 0)")
-    losses.add_argument("--ce-weight", type=float, metavar="W", help="of the cross-entropy (0 with a teacher, else 1)")
     losses.add_argument(
-        "--hidden-weight", type=float, default=0.0, metavar="W", help="of the distance of hidden states"
+        "--kl-weight",
+        type=float,
+        metavar="W",
+        help="weight of the KL distillation loss (default: 1 with --teacher, else 0)",
     )
-    losses.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the distillation")
+    losses.add_argument(
+        "--ce-weight",
+        type=float,
+        metavar="W",
+        help="weight of the cross-entropy loss (default: 0 with --teacher, else 1)",
+    )
+    losses.add_argument(
+        "--hidden-weight", type=float, default=0.0, metavar="W", help="weight of the hidden-state distillation loss"
+    )
+    losses.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="softmax temperature of the KL distillation loss"
+    )
 
     steps = parser.add_argument_group("steps")
     count = steps.add_mutually_exclusive_group(required=True)
-    count.add_argument("--steps", type=int, metavar="N", help="how many")
-    count.add_argument("--tokens", type=int, metavar="N", help="as many steps as take N tokens")
-    steps.add_argument("--window", type=int, default=512, metavar="N", help="tokens that a window holds")
-    steps.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows computed together")
-    steps.add_argument("--accumulate", type=int, default=1, metavar="N", help="such batches in a step")
-    steps.add_argument("--learning-rate", type=float, default=1e-4, metavar="X", help="the highest; it falls to 0")
-    steps.add_argument("--warmup-steps", type=int, default=0, metavar="N", help="steps in which it rises")
-    steps.add_argument("--clip", type=float, default=1.0, metavar="X", help="the largest norm of the gradients")
-    steps.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="of AdamW, for matrices")
-    steps.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="float32", help="what is trained is float32")
-    steps.add_argument("--seed", type=int, default=0, help="of the order of the data, and of adapters")
-    devices.add_arguments(parser, "as many replicas as fit and divide the batch")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    count.add_argument("--steps", type=int, metavar="N", help="number of optimiser steps")
+    count.add_argument("--tokens", type=int, metavar="N", help="training tokens: as many steps as take them")
+    options.add(steps, "--sequence-length")
+    options.add(steps, "--batch-size", about=", of all replicas together", default=8)
+    steps.add_argument("--accumulate", type=int, default=1, metavar="N", help="gradient accumulation: batches per step")
+    steps.add_argument(
+        "--learning-rate", type=float, default=1e-4, metavar="X", help="peak learning rate (cosine decay to 0)"
+    )
+    steps.add_argument(
+        "--warmup-steps", type=int, default=0, metavar="N", help="steps of linear warm-up to the peak learning rate"
+    )
+    steps.add_argument("--clip", type=float, default=1.0, metavar="X", help="gradient clipping: largest global norm")
+    steps.add_argument(
+        "--weight-decay", type=float, default=0.0, metavar="X", help="weight decay of AdamW, for matrices"
+    )
+    steps.add_argument(
+        "--compute-dtype",
+        choices=COMPUTE_DTYPES,
+        default="float32",
+        help="dtype of activations and matmuls; master weights stay float32",
+    )
+    options.add(steps, "--seed", about="the order of the data, and of adapters")
+    measure = parser.add_argument_group("what to measure, before and after")
+    options.add_evaluation(measure, "of the model before and after, and of the teacher", " in all")
+    options.add_devices(parser, "as many replicas as fit and divide the batch")
+    options.add(parser, "--debug")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
+def main(argv: Sequence[str] | None = None, *, start: str = START) -> int:
+    """Runs the command line, which begins with `start`, and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "gluprune_jax.recover", *argv])
-    return terminal.run("gluprune-recover", lambda: _recover(args, command), debug=args.debug, processes=args)
+    args = parser(start).parse_args(argv)
+    command = shlex.join([*start.split(), *argv])
+    request = options.request(
+        RecoverRequest, args, eval_data=options.eval_data(args), devices=options.mesh_request(args)
+    )
+    return terminal.run(
+        "gluprune",
+        lambda: _recover(request, command),
+        debug=args.debug,
+        processes=options.request(ProcessesRequest, args),
+        flags=parser().flags,
+        kept=lambda: _kept(request, command),
+    )
 
 
-def _recover(args: argparse.Namespace, command: str) -> None:
-    formats, recipe = parse_formats(args.format), make_recipe(args)
-    checkpoints_at = args.checkpoints or args.output.with_name(f"{args.output.name}.recovery")
-    log = args.log or args.output.with_name(f"{args.output.name}.recovery.jsonl")
-    with failing_together():
+def _kept(request: RecoverRequest, command: str) -> str:
+    """What is there after an interruption, and how to resume."""
+    found = list_checkpoints(request.checkpoints_at)
+    if not found:
+        every = request.checkpoint_every
+        return f"no checkpoint was saved yet (--checkpoint-every is {every}); to start again:\n  {command}"
+    return f"the last checkpoint is {found[-1]}; to resume from it:\n  {command}"
+
+
+def _recover(request: RecoverRequest, command: str) -> None:
+    formats, recipe = parse_formats(request.format, request.output), make_recipe(request)
+    checkpoints_at, log = request.checkpoints_at, request.log_at
+    with synchronize_errors():
         if is_main():
-            _check_outputs(args, checkpoints_at, log)
-        documents = [document for name in args.data for document in read_documents(name, "--data")]
-        models, own = _describe(args, recipe), devices.capacity(args)
+            _check_outputs(request, checkpoints_at, log)
+        texts = [(name, evaluation_text(name, terminal.note)) for name in request.eval_data]
+        documents = read_documents(request.train_data, "--train-data", terminal.note)
+        models, own = _describe(request, recipe), request.devices.capacity()
     # Between the two: one that fails in a block must not do so while the others tell each other something else.
-    smallest = least(-1 if own is None else own)  # all must choose the same mesh
-    with failing_together():
-        mesh = _choose_mesh(args, recipe, models, None if smallest < 0 else smallest)
-    check_same("the training data", (json.dumps(document).encode() for document in documents))
+    smallest = min_over_processes(-1 if own is None else own)  # all must choose the same mesh
+    with synchronize_errors():
+        mesh = _choose_mesh(request, recipe, models, None if smallest < 0 else smallest)
+    check_same("the texts of --eval-data", (text.encode() for _, text in texts))
+    check_same("the training data", contents(documents))
     with terminal.byte_progress() as progress:
-        checkpoint = convert.load(args.model, mesh=lambda model: mesh, progress=progress)
-        teacher = _load_teacher(args, mesh, progress)
-    with failing_together():
-        tokenizer = load_tokenizer(checkpoint)
+        checkpoint = convert.load(
+            request.model,
+            dtype=request.dtype,
+            revision=request.revision,
+            mesh=lambda model: mesh,
+            progress=progress,
+        )
+        teacher = _load_teacher(request, mesh, progress)
+    with synchronize_errors():
+        if "gguf" in formats:  # what cannot be written is said before any training
+            prepare_gguf(checkpoint, GGUFOptions())
+        tokenizer = load_tokenizer(checkpoint, request.chat_template)
+        if beyond := tokens_beyond(tokenizer, checkpoint.config.vocab_size):
+            terminal.note(beyond)
         if teacher is not None:
-            _check_vocabularies(args, tokenizer, teacher)
+            _check_vocabularies(request, tokenizer, teacher)
+    has_chats = any(document.kind == "chat" for document in documents)
+    recorded = recorded_dates(checkpoints_at, "--date") if is_main() else {}
+    date = fix_date(tokenizer if has_chats else None, request.date, recorded, terminal.note)
+    with synchronize_errors():
         with terminal.count_progress("tokenizing", len(documents), "documents") as progress_of_tokens:
-            encoded = encode_documents(tokenizer, documents, on_document=progress_of_tokens)
-        windows = pack(encoded, args.window, separator(checkpoint, tokenizer))
+            encoded = encode_documents(tokenizer, documents, date=date, on_document=progress_of_tokens)
+        windows = pack(
+            encoded, request.sequence_length, separator(checkpoint, tokenizer), beginning(checkpoint, tokenizer)
+        )
+        check_ids(tokenizer, windows, checkpoint.config.vocab_size)
+        meter = text_perplexity(
+            tokenizer,
+            texts,
+            vocab_size=checkpoint.config.vocab_size,
+            eval_tokens=request.eval_tokens,
+            sequence_length=request.sequence_length,
+            begin=beginning(checkpoint, tokenizer),
+            note=terminal.note,
+            progress=terminal.count_progress,
+        )
     student, teacher_model = checkpoint.model, None if teacher is None else teacher.model
-    settings = run_settings(args.train, recipe, student, teacher_model, windows)
+    settings = run_settings(request.train, recipe, student, teacher_model, windows, date)
+    measured: dict[str, Perplexity] = {}
+    if texts:
+        if teacher_model is not None:
+            measured["teacher"] = meter(teacher_model, "teacher", None)
+        measured["before"] = meter(student, "before", None)
     recovery = Recovery(student, teacher_model, windows, recipe)
     checkpoint = dataclasses.replace(checkpoint, model=abstract_model(student.config))
     del student, teacher, teacher_model  # what is trained has copies of its own
-    checkpoints = TrainingCheckpoints(checkpoints_at, settings)
+    checkpoints = TrainingCheckpoints(checkpoints_at, settings, former=FORMER_SETTINGS, later=("--date",))
     found = checkpoints.restore(recovery.state)
     if found is not None:
         recovery.resume(found)
-        if not args.json:
-            terminal.stderr().print(f"goes on from {found.path}, step {found.step}", markup=False)
-    elif args.log is not None:  # the default one belongs to the output, which is not there or is replaced
-        with failing_together():
+        if not request.json:
+            terminal.note(f"resumes from {found.path}, step {found.step}")
+    elif request.log is not None:  # the default one belongs to the output, which is not there or is replaced
+        with synchronize_errors():
             if is_main():
-                check_file(log, args.overwrite)
-    lines: list[Mapping[str, float]] = []
+                check_file(log, request.overwrite)
+    # The first and the last line of the whole run, also of what was trained before it was resumed.
+    logged = read_log(log, recovery.step) if found is not None else []
+    lines: list[Mapping[str, float]] = [logged[0], logged[-1]] if logged else []
     with terminal.training_progress(recipe.schedule.steps) as progress_of_training:
 
         def show(line: Mapping[str, float]) -> None:
@@ -169,28 +315,35 @@ def _recover(args: argparse.Namespace, command: str) -> None:
             progress_of_training(int(line["step"]), line["loss"], rate)
             lines[:] = [*lines[:1], line]
 
-        every = args.checkpoint_every
+        every = request.checkpoint_every
         train(recovery, checkpoints=checkpoints, checkpoint_every=every, log=log, on_step=show)
-    record = {"steps": recovery.step, "tokens": recovery.tokens, "teacher": args.teacher, "settings": settings}
+    record = {"steps": recovery.step, "tokens": recovery.tokens, "teacher": request.teacher, "settings": settings}
     history = (*checkpoint.history, {"recovery": record})
     checkpoint = dataclasses.replace(checkpoint, model=recovery.model(), history=history)
+    if texts:
+        measured["after"] = meter(checkpoint.model, "after", None)
     card = recovery_card(checkpoint, record, lines[-1] if lines else {}, command)
     with terminal.byte_progress() as progress:
-        convert.save(
+        notes = convert.save(
             checkpoint,
-            args.output,
+            request.output,
             formats=formats,
-            overwrite=args.overwrite,
+            overwrite=request.overwrite,
             extra_files={"README.md": card},
             progress=progress,
         )
-    if not args.keep_checkpoints:
+    if not request.json:
+        for text in notes:
+            terminal.note(text)
+    if not request.keep_checkpoints:
         checkpoints.remove()
-    report = {
-        "model": args.model,
-        "teacher": args.teacher,
-        "output": str(args.output),
+    report: dict[str, Any] = {
+        "model": request.model,
+        "teacher": request.teacher,
+        "date": None if date is None else date.isoformat(),
+        "output": str(request.output),
         "formats": formats,
+        **({"notes": list(notes)} if notes else {}),
         "log": str(log),
         "resumed_from": None if found is None else found.step,
         "steps": recovery.step,
@@ -199,7 +352,12 @@ def _recover(args: argparse.Namespace, command: str) -> None:
         "first": lines[0] if lines else None,
         "last": lines[-1] if lines else None,
     }
-    if args.json:
+    if measured:
+        report["evaluation"] = {
+            "definition": measured["after"].definition,
+            "perplexity": {stage: result.value for stage, result in measured.items()},
+        }
+    if request.json:
         print(json.dumps(report, indent=1))
     else:
         _show(report)
@@ -208,124 +366,136 @@ def _recover(args: argparse.Namespace, command: str) -> None:
 # ------------------------------------------------------------------------------------------------- what is asked
 
 
-def make_recipe(args: argparse.Namespace) -> Recipe:
+def make_recipe(request: RecoverRequest) -> Recipe:
     """How to train, as the options say.
 
     Raises:
       RequestError: options that make no sense by themselves.
     """
-    if args.checkpoint_every < 0:
-        raise RequestError(f"--checkpoint-every is {args.checkpoint_every}; it must be at least 0")
-    for flag, value in (
-        ("--window", args.window),
-        ("--batch-size", args.batch_size),
-        ("--accumulate", args.accumulate),
-    ):
-        if value < 1:
-            raise RequestError(f"{flag} is {value}; it must be at least 1")
-    if args.tokens is not None and args.tokens < 1:
-        raise RequestError(f"--tokens is {args.tokens}; it must be at least 1")
-    per_step = args.window * args.batch_size * args.accumulate
-    steps = args.steps if args.tokens is None else math.ceil(args.tokens / per_step)
-    schedule = Schedule(steps, args.learning_rate, args.warmup_steps, args.weight_decay, args.clip)
+    check_at_least(0, checkpoint_every=request.checkpoint_every)
+    check_at_least(
+        1,
+        sequence_length=request.sequence_length,
+        batch_size=request.batch_size,
+        accumulate=request.accumulate,
+        tokens=request.tokens,
+    )
+    check_at_least(2, eval_tokens=request.eval_tokens)
+    per_step = request.sequence_length * request.batch_size * request.accumulate
+    steps = math.ceil(request.tokens / per_step) if request.tokens is not None else request.steps or 0
+    schedule = Schedule(steps, request.learning_rate, request.warmup_steps, request.weight_decay, request.clip)
     schedule.check()
-    if not 0 < args.lora_alpha < math.inf:
-        raise RequestError(f"--lora-alpha is {args.lora_alpha:g}; it must be a finite number above 0")
-    if args.lora_rank < 1:
-        raise RequestError(f"--lora-rank is {args.lora_rank}; it must be at least 1")
-    if args.train != "lora" and (args.lora_rank, args.lora_alpha) != (LORA_RANK, LORA_ALPHA):
-        raise RequestError(f"--lora-rank and --lora-alpha are of adapters, and --train is {args.train}; leave them out")
+    if not 0 < request.lora_alpha < math.inf:
+        raise RequestError(f"--lora-alpha is {request.lora_alpha:g}; it must be a finite number above 0")
+    if request.lora_rank < 1:
+        raise RequestError(f"--lora-rank is {request.lora_rank}; it must be at least 1")
+    if request.train != "lora" and (request.lora_rank, request.lora_alpha) != (LORA_RANK, LORA_ALPHA):
+        raise RequestError(
+            f"--lora-rank and --lora-alpha are of adapters, and --train is {request.train}; leave them out"
+        )
     objective = Objective(
-        kl=float(args.teacher is not None) if args.kl_weight is None else args.kl_weight,
-        ce=float(args.teacher is None) if args.ce_weight is None else args.ce_weight,
-        hidden=args.hidden_weight,
-        temperature=args.temperature,
+        kl=float(request.teacher is not None) if request.kl_weight is None else request.kl_weight,
+        ce=float(request.teacher is None) if request.ce_weight is None else request.ce_weight,
+        hidden=request.hidden_weight,
+        temperature=request.temperature,
     )
     if objective.temperature != 1 and not objective.kl:
         raise RequestError("--temperature is of the distillation, which has no weight; give --teacher or leave it out")
     return Recipe(
         schedule=schedule,
         objective=objective,
-        trainable=Trainable(args.train, args.lora_rank, args.lora_alpha),
-        batch_size=args.batch_size,
-        accumulate=args.accumulate,
-        compute_dtype=args.compute_dtype,
-        seed=args.seed,
+        trainable=Trainable(request.train, request.lora_rank, request.lora_alpha),
+        batch_size=request.batch_size,
+        accumulate=request.accumulate,
+        compute_dtype=request.compute_dtype,
+        seed=request.seed,
     )
 
 
-def _check_outputs(args: argparse.Namespace, checkpoints: Path, log: Path) -> None:
-    """Refuses what could not be written."""
-    check_target(args.output, args.overwrite)
-    for model in (args.model, args.teacher):
+def _check_outputs(request: RecoverRequest, checkpoints: Path, log: Path) -> None:
+    """Refuses what could not be written, and to resume what was not begun."""
+    if request.resume and not list_checkpoints(checkpoints):
+        raise RequestError(
+            f"there is nothing to resume: no checkpoint is in {checkpoints}; leave out --resume to begin"
+        )
+    check_format(request.output, parse_formats(request.format, request.output))
+    check_target(request.output, request.overwrite)
+    for model in (request.model, request.teacher):
         if model is not None:
-            refuse_own_folder(model, args.output)
-    output = args.output.resolve()
+            check_not_own_folder(model, request.output)
+    output = request.output.resolve()
     for flag, path in (("--checkpoints", checkpoints), ("--log", log)):
-        refuse_address(path)
+        check_no_address(path)
         if path.resolve().is_relative_to(output):
             raise RequestError(
-                f"{flag} {path} lies in --output {args.output}, which is written at the end; choose another"
+                f"{flag} {path} lies in --output {request.output}, which is written at the end; choose another"
             )
     check_file(log, overwrite=True)
 
 
-def _describe(args: argparse.Namespace, recipe: Recipe) -> tuple[Llama, Llama | None]:
+def _describe(request: RecoverRequest, recipe: Recipe) -> tuple[Decoder, Decoder | None]:
     """The model and its teacher without their weights, after what can be checked before one is read."""
-    parse_mesh(args.mesh)
-    student = convert.describe(args.model)
-    teacher = None if args.teacher is None else convert.describe(args.teacher, dtype=_teacher_dtype(args))
-    recipe.check(student.config, None if teacher is None else teacher.config, args.window, 1)
-    if args.train == "lora":
-        check_rank(student.config, args.lora_rank)
+    parse_mesh(request.devices.mesh)
+    student = convert.describe(request.model, dtype=request.dtype, revision=request.revision)
+    teacher = None if request.teacher is None else convert.describe(request.teacher, dtype=_teacher_dtype(request))
+    recipe.check(student.config, None if teacher is None else teacher.config, request.sequence_length, 1)
+    if request.train == "lora":
+        check_rank(student.config, request.lora_rank)
     return student, teacher
 
 
 def _choose_mesh(
-    args: argparse.Namespace, recipe: Recipe, models: tuple[Llama, Llama | None], capacity: int | None
+    request: RecoverRequest, recipe: Recipe, models: tuple[Decoder, Decoder | None], capacity: int | None
 ) -> Mesh | None:
     return choose_training_mesh(
         *models,
         recipe,
-        args.window,
-        asked=parse_mesh(args.mesh),
+        request.sequence_length,
+        asked=parse_mesh(request.devices.mesh),
         capacity=capacity,
-        is_shared=args.device_memory is None and jax.default_backend() == "cpu",
+        is_shared=request.devices.device_memory is None and jax.default_backend() == "cpu",
     )
 
 
-def _teacher_dtype(args: argparse.Namespace) -> str | None:
-    return "bfloat16" if args.compute_dtype == "bfloat16" else None  # it is computed in that anyway
+def _teacher_dtype(request: RecoverRequest) -> str | None:
+    return "bfloat16" if request.compute_dtype == "bfloat16" else None  # it is computed in that anyway
 
 
-def _load_teacher(args: argparse.Namespace, mesh: Mesh | None, progress: Any) -> convert.Checkpoint | None:
-    if args.teacher is None:
+def _load_teacher(request: RecoverRequest, mesh: Mesh | None, progress: Any) -> convert.Checkpoint | None:
+    if request.teacher is None:
         return None
-    return convert.load(args.teacher, dtype=_teacher_dtype(args), mesh=lambda model: mesh, progress=progress)
+    return convert.load(request.teacher, dtype=_teacher_dtype(request), mesh=lambda model: mesh, progress=progress)
 
 
-def _check_vocabularies(args: argparse.Namespace, tokenizer: Any, teacher: convert.Checkpoint) -> None:
+def _check_vocabularies(request: RecoverRequest, tokenizer: Any, teacher: convert.Checkpoint) -> None:
     """Refuses a teacher that means other tokens by the same ids."""
-    if any(name.startswith(("tokenizer", "vocab")) for name in teacher.assets):
+    if has_tokenizer(teacher.assets):
         theirs, ours = load_tokenizer(teacher).get_vocab(), tokenizer.get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
             token = different[0]
             raise RequestError(
-                f"the tokenizer of --teacher {args.teacher} is another one: the token {token!r} is {theirs.get(token)} "
-                f"there and {ours.get(token)} in --model; give the model that was pruned as --teacher"
+                f"the tokenizer of --teacher {request.teacher} is another one: the token {token!r} is "
+                f"{theirs.get(token)} there and {ours.get(token)} in --model; give the model that was pruned as "
+                f"--teacher"
             )
 
 
 def run_settings(
-    train: str, recipe: Recipe, student: Llama, teacher: Llama | None, windows: NDArray[np.int32]
+    train: str,
+    recipe: Recipe,
+    student: Decoder,
+    teacher: Decoder | None,
+    windows: NDArray[np.int32],
+    date: datetime.date | None = None,
 ) -> dict[str, Any]:
-    """All that decides what the steps compute, by the name of the option: what a run that goes on must have too."""
+    """All that decides what the steps compute, by the name of the option: what a resumed run must have too."""
     schedule, objective, trainable = recipe.schedule, recipe.objective, recipe.trainable
     adapters = {"--lora-rank": trainable.rank, "--lora-alpha": trainable.alpha} if train == "lora" else {}
     return {
         "--model": f"with weights {checksum(student)}",
         "--teacher": None if teacher is None else f"with weights {checksum(teacher)}",
-        "--data": f"with tokens {hashlib.sha256(windows.tobytes()).hexdigest()[:16]}",
+        **({} if date is None else {"--date": date.isoformat()}),
+        "--train-data": f"with tokens {hashlib.sha256(windows.tobytes()).hexdigest()[:16]}",
         "--train": train,
         **adapters,
         "--kl-weight": objective.kl,
@@ -333,7 +503,7 @@ def run_settings(
         "--hidden-weight": objective.hidden,
         "--temperature": objective.temperature,
         "--steps": schedule.steps,
-        "--window": windows.shape[1],
+        "--sequence-length": windows.shape[1],
         "--batch-size": recipe.batch_size,
         "--accumulate": recipe.accumulate,
         "--learning-rate": schedule.learning_rate,
@@ -347,11 +517,15 @@ def run_settings(
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    console = terminal.console()
     first, last = report["first"], report["last"]
     if last is not None:
         since = f"step {first['step']:,}"
         console.print(f"loss {first['loss']:.4f} at {since}, {last['loss']:.4f} at step {last['step']:,}", markup=False)
+    if evaluation := report.get("evaluation"):
+        values = [f"{stage} {value:,.2f}" for stage, value in evaluation["perplexity"].items()]
+        console.print(f"perplexity: {', '.join(values)}", markup=False)
+        console.print(evaluation["definition"], style="dim", markup=False)
     console.print(
         f"wrote {' and '.join(report['formats'])} to {report['output']} ({report['tokens']:,} tokens in "
         f"{report['seconds']:.1f} s; log {report['log']})",

@@ -18,7 +18,7 @@ import sys
 
 CHECKOUT = ".."  # on Colab, the folder that holds the checkout
 if importlib.util.find_spec("gluprune_jax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[plots]"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[notebooks]"], check=True)
 
 # %%
 import json
@@ -29,20 +29,21 @@ import jax
 import matplotlib.pyplot as plt
 from IPython.display import Image
 
-from gluprune_jax import compare, prune, recover
-from gluprune_jax.documents import read_text
+from evals import compare
+from gluprune_jax import prune, recover
+from gluprune_jax.data.documents import read_text
 
 on_accelerator = jax.default_backend() != "cpu"
 REDUCED = not on_accelerator
 MODEL = "demo"
 CALIBRATION_TOKENS = 4096 if REDUCED else 32768
 EVALUATE_TOKENS = 512 if REDUCED else 8192
-METHODS = "ppm hybrid hybrid+least-squares" + ("" if REDUCED else " ppm+least-squares wanda taylor random")
-PERCENTS = "20" if REDUCED else "10 20 40"
+METHODS = "ppm,hybrid,hybrid+least-squares" + ("" if REDUCED else ",ppm+least-squares,wanda,taylor,random")
+PERCENTS = "20" if REDUCED else "10,20,40"
 TRAINING = (
-    "--steps 6 --window 128 --batch-size 2"
+    "--steps 6 --sequence-length 128 --batch-size 2"
     if REDUCED
-    else "--steps 200 --window 512 --batch-size 8 --compute-dtype bfloat16"
+    else "--steps 200 --sequence-length 512 --batch-size 8 --compute-dtype bfloat16"
 )
 OUTPUT = Path("recovery-output")
 
@@ -72,14 +73,14 @@ print(f"{len(text):,} characters")
 # A method is a criterion, and behind it what else is done. `hybrid` multiplies the extent of a neuron's weights with
 # the norm of its activation; `least-squares` refits `down_proj` in closed form, so that the neurons that stay do what
 # the others did. The model runs over the text layer by layer; the choices are masks of the same compiled programs.
-# Every number is written down: the same command goes on where it was, and more methods may be added to it.
+# Every number is written down: the same command resumes it, and more methods may be added to it.
 
 # %%
 run(
     compare,
     f"--model {MODEL} --methods {METHODS} --prune-percent {PERCENTS} "
-    f"--calibration {OUTPUT}/calibration.txt --calibration-tokens {CALIBRATION_TOKENS} "
-    f"--evaluate {OUTPUT}/held-out.txt --evaluate-tokens {EVALUATE_TOKENS} --output {OUTPUT}/comparison",
+    f"--calibration-data {OUTPUT}/calibration.txt --calibration-tokens {CALIBRATION_TOKENS} "
+    f"--eval-data {OUTPUT}/held-out.txt --eval-tokens {EVALUATE_TOKENS} --output {OUTPUT}/comparison",
 )
 
 # %%
@@ -95,13 +96,13 @@ run(prune, f"--model {MODEL} --prune-percent 20 --output {OUTPUT}/pruned --overw
 
 # %% [markdown]
 # The dense model is the teacher: the loss is the KL divergence of its next-token distribution from the student's, in
-# nats. A run that is killed goes on from its last checkpoint when the same command is given again; so few steps make
+# nats. A run that is killed resumes from its last checkpoint when the same command is given again; so few steps make
 # none. `--train mlp` trains only what was pruned; the default trains all weights.
 
 # %%
 run(
     recover,
-    f"--model {OUTPUT}/pruned --teacher {MODEL} --data {OUTPUT}/calibration.txt --train mlp --learning-rate 3e-4 "
+    f"--model {OUTPUT}/pruned --teacher {MODEL} --train-data {OUTPUT}/calibration.txt --train mlp --learning-rate 3e-4 "
     f"{TRAINING} --output {OUTPUT}/recovered --overwrite",
 )
 

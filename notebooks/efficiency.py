@@ -29,7 +29,7 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 
-from evals import efficiency
+from evals.efficiency import __main__
 
 on_accelerator = jax.default_backend() != "cpu"
 LEVELS = "0,20,40,60" if on_accelerator else "0,40"
@@ -46,8 +46,8 @@ OUTPUT = Path("efficiency-output")
 
 # %%
 work = f"{TOKENS} --batch-sizes {BATCHES} --most-prompts {PROMPTS} --repeats 3"
-line = f"--model demo --levels {LEVELS} {work} --output {OUTPUT} --overwrite"
-assert efficiency.main(shlex.split(line)) == 0
+line = f"--model demo --prune-percent {LEVELS} {work} --output {OUTPUT} --overwrite"
+assert __main__.main(shlex.split(line)) == 0
 
 # %% [markdown]
 # ## What the numbers mean
@@ -80,4 +80,4 @@ plt.show()
 
 # %% [markdown]
 # With `--output study`, the folder of a sweep of the same model, `python -m evals.report study` sets quality against
-# speed: how much of what the dense model has above its floors is left, over the decode rate.
+# speed: how much of the dense model's distance from its baselines is left, over the decode rate.

@@ -25,7 +25,8 @@ import numpy as np
 import convert
 from convert import __main__ as convert_command
 from evals import __main__ as evals_command
-from gluprune_jax import PruningPlan, compare, prune
+from evals import compare
+from gluprune_jax import PruningPlan, prune
 
 on_accelerator = jax.default_backend() != "cpu"
 REDUCED = not on_accelerator
@@ -72,7 +73,7 @@ run(prune, f"--model {wrong} --prune-percent 10 --dry-run", status=2)
 
 from jax import Array
 
-from gluprune_jax.criteria import peak_to_peak
+from gluprune_jax.pruning.criteria import peak_to_peak
 
 
 def ppm_with_down(gate: Array, up: Array, down: Array) -> Array:
@@ -88,8 +89,8 @@ def ppm_with_down(gate: Array, up: Array, down: Array) -> Array:
 # %%
 run(
     compare,
-    "--model own/model --methods ppm own.criteria:ppm_with_down --prune-percent 10 40 "
-    f"--evaluate python-reference --evaluate-tokens {TOKENS}",
+    "--model own/model --methods ppm,own.criteria:ppm_with_down --prune-percent 10,40 "
+    f"--evaluate --eval-tokens {TOKENS}",
 )
 
 # %% [markdown]
@@ -97,14 +98,14 @@ run(
 # a finding. What a criterion looks at is told by `inputs_of`; a parameter that no criterion is given is refused.
 
 # %%
-from gluprune_jax.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 
 inputs_of(find_criterion("own.criteria:ppm_with_down")[1])
 
 # %% [markdown]
 # ## Prune: a plan, a Hugging Face folder and an Orbax checkpoint
 #
-# `--multiple-of 128` floors the width to what the matrix units of a TPU like. The plan says which neurons are kept,
+# `--multiple-of 128` floors the width (`--for` knows what runtimes like). The plan says which neurons are kept,
 # why, and of which weights.
 
 # %%
@@ -120,8 +121,8 @@ print(plan.criterion, plan.widths[:3], plan.kept[0][:8], plan.request)
 
 # %% [markdown]
 # A plan can be replayed on the same weights, without scoring (`--plan own/plan.json`), evaluated as a mask without
-# slicing (`python -m evals --model own/model --mask own/plan.json --suite quick --data-dir demo`), or changed by a
-# program of yours and saved again. Other weights are refused: the plan knows their fingerprint.
+# slicing (`python -m evals --model own/model --plan own/plan.json --suite quick --benchmark-data demo`), or changed by
+# a program of yours and saved again. Other weights are refused: the plan knows their fingerprint.
 #
 # The Orbax checkpoint holds the same bits, and restores onto any mesh of devices:
 
@@ -148,5 +149,5 @@ print(f"{from_orbax.config.num_parameters:,} parameters, bit for bit the same in
 # %%
 run(
     evals_command,
-    "--model own/model --suite quick --data-dir demo --dry-run --device-memory 16GiB --mesh data=4,model=2",
+    "--model own/model --suite quick --benchmark-data demo --dry-run --device-memory 16GiB --mesh data=4,model=2",
 )

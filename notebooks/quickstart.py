@@ -19,7 +19,7 @@ import sys
 
 CHECKOUT = ".."  # on Colab, the folder that holds the checkout
 if importlib.util.find_spec("gluprune_jax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[plots]"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[notebooks]"], check=True)
 
 # %%
 import jax
@@ -30,7 +30,7 @@ import convert
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from evals.perplexity import perplexity
 from gluprune_jax import generate, make_plan, score
-from gluprune_jax.documents import read_text
+from gluprune_jax.data.documents import read_text
 
 on_accelerator = jax.default_backend() != "cpu"
 REDUCED = not on_accelerator
@@ -128,7 +128,7 @@ for name, stage in (("dense", checkpoint), ("pruned", pruned)):
 #
 # A Hugging Face folder, with the tokenizer: `AutoModelForCausalLM.from_pretrained(...)` loads it. With
 # `formats=("hf", "orbax")` there is an Orbax checkpoint beside it. The whole notebook as one command, in a shell:
-# `python -m gluprune_jax.prune --model demo --prune-percent 10 --evaluate python-reference --random-baseline --sample
+# `python -m gluprune_jax.prune --model demo --prune-percent 10 --evaluate --random-baseline --sample
 # "What is the capital of France?" --output quickstart-model`.
 
 # %%

@@ -7,9 +7,9 @@
 #
 # **For the paper's own study** the command is `python -m evals.sweep --preset paper-1b --output study`: Llama-3.2-1B in
 # bfloat16, seven sizes, 13 benchmarks whole. It needs access to that model (`HF_TOKEN`), and its data comes from the
-# Hugging Face hub unless `--data-dir` names a folder. By the TPU compiler's analysis a 1B fits on one v5e chip; several
-# chips become replicas and share the items. It has not been run on a TPU, so how long it takes is not known. It may be
-# interrupted: every answer is written down, and the same command goes on. On Colab, put `OUTPUT` on Drive for that.
+# Hugging Face hub unless `--benchmark-data` names a folder. By the TPU compiler's analysis a 1B fits on one v5e chip;
+# several chips become replicas and share the items. It has not been run on a TPU, so how long it takes is not known. It
+# may be interrupted: every answer is written down, and the same command resumes. On Colab, put `OUTPUT` on Drive.
 #
 # On two CPU cores the reduced setting takes about a minute.
 
@@ -52,18 +52,19 @@ def run(command, line):
 # ## Sweep
 #
 # Neurons are scored once, and each size is a mask of the same compiled programs. Other ways to prune may stand beside
-# PPM: `--methods ppm hybrid+least-squares --calibration corpus.txt`.
+# PPM: `--methods ppm,hybrid+least-squares --calibration-data corpus.txt`.
 
 # %%
 run(
     sweep,
-    f"--model {MODEL} --levels {LEVELS} --tasks piqa,winogrande --items {ITEMS} --data-dir demo --output {OUTPUT}",
+    f"--model {MODEL} --prune-percent {LEVELS} --tasks piqa,winogrande --limit {ITEMS} --benchmark-data demo "
+    f"--output {OUTPUT}",
 )
 
 # %% [markdown]
-# ## Floors
+# ## No-knowledge baselines
 #
-# A score is worth its distance from what takes no knowledge. The sweep computes that on the same items, through the
+# Read every score against its no-knowledge baselines. The sweep computes them on the same items, through the
 # benchmark's own checker: a uniform guess, always the shortest choice, always the longest, and so on. A model that
 # falls *or rises* to this band has lost what it knew. With few items one of these rules beats the guess by luck alone.
 
@@ -71,20 +72,20 @@ run(
 study = json.loads((OUTPUT / "study.json").read_text())
 for benchmark in study["benchmarks"]:
     print(f"{benchmark['title']}, {benchmark['metric']}")
-    for responder, value in sorted(benchmark["floors"].items(), key=lambda item: item[1]):
-        print(f"    {value:.3f}  {responder}")
+    for rule, value in sorted(benchmark["baselines"].items(), key=lambda item: item[1]):
+        print(f"    {value:.3f}  {rule}")
 
 # %% [markdown]
 # ## Verdicts
 #
-# Each model is compared with the dense one and with the floor, item by item; the p-values are corrected for the number
+# Each model is compared with the dense one and with the baselines, item by item; p-values are corrected for the number
 # of comparisons. "Holding" means only that no difference was found. With as few items as here that is weak: the
 # standard error of a proportion near one half is `0.5 / sqrt(items)`, 5 points at 100 items and 1.6 at 1,000. "Not
-# informative" is an answer, too: where the dense model is not above the floor, a score that goes up under pruning is no
+# informative" is an answer, too: where the dense model is not above the baseline, a score that rises when pruned is no
 # gain.
 
 # %%
-lines = ["| benchmark | model | score | standard error | from dense, p | above floor, p | verdict |", "|" + "---|" * 7]
+lines = ["| benchmark | model | score | standard error | from dense, p | baseline, p | verdict |", "|" + "---|" * 7]
 for row in study["rows"]:
     p_values = ["" if row[key] is None else f"{row[key]:.3f}" for key in ("p_from_dense", "p_above")]
     model = row["point"]["level"]
@@ -102,7 +103,7 @@ for sentence in study["summary"]:
 # ## Figures
 #
 # Each is a Vega-Lite specification, drawn as PNG and SVG into `figures/`. `report.html` has them interactive, with all
-# tables; it opens offline. The grey band is the floor, from the worst responder to the best.
+# tables; it opens offline. The grey band is the range of the no-knowledge baselines.
 
 # %%
 for name in ("dichotomy", "kept"):
@@ -112,8 +113,8 @@ for name in ("dichotomy", "kept"):
 # ## Go on
 #
 # The same command with more levels or methods computes only what is missing. `python -m evals.report study-output`
-# writes the report anew from what was measured, and `python -m evals.report --published Llama-3.2-1B --data-dir DIR
-# --output published` judges the paper's own numbers in the same way.
+# writes the report anew from what was measured, and `python -m evals.report --published Llama-3.2-1B --benchmark-data
+# DIR --output published` judges the paper's own numbers in the same way.
 
 # %%
 sorted(str(path.relative_to(OUTPUT)) for path in OUTPUT.rglob("*") if path.suffix in (".html", ".json", ".png", ".csv"))

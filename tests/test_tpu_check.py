@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gluprune_jax.mesh import MeshShape, make_mesh, on
+from gluprune_jax.parallel.mesh import MeshShape, make_mesh, use_mesh
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import tpu_check
@@ -164,7 +164,7 @@ def test_every_program_takes_what_it_is_given(shape: MeshShape) -> None:
     mesh = make_mesh(shape, case.config.num_key_value_heads)
     programs = tpu_check.programs(case, mesh)
     assert set(programs) == set(tpu_check.EVERYTHING)
-    with on(mesh):
+    with use_mesh(mesh):
         for program in programs.values():
             program.function.lower(*program.args)  # type: ignore[attr-defined]
 

@@ -7,28 +7,17 @@ from typing import Any
 
 import altair as alt
 
-from evals.paper import paper_study, published
-from evals.significance import Comparison
-from evals.study import (
-    DENSE,
-    GROUPS,
-    KNOWLEDGE,
-    TRUTHFULNESS,
-    Analysis,
-    StudiedBenchmark,
-    Study,
-    analyse,
-    name_point,
-    retention,
-)
-from gluprune_jax.allocation import ALLOCATIONS
+from evals.report.drawing import COLOURS, SHAPES
+from evals.study.analysis import GROUPS, KNOWLEDGE, TRUTHFULNESS, Analysis, analyse, retention
+from evals.study.paper import paper_study, published
+from evals.study.significance import Comparison
+from evals.study.study import DENSE, StudiedBenchmark, Study, name_variant
+from gluprune_jax.pruning.allocation import ALLOCATIONS
 
-# Okabe and Ito's, which colour-blind readers can tell apart, without black and yellow: on light and dark they vanish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
 _GROUPS = (*GROUPS, "not tested")
 _NEUTRAL = "#8a8a8a"
 _ENERGY = "J per token"
+_LABEL_SIZE, _LABELLED_HEIGHT = 10, 300  # pixels, of names beside lines
 _SAME_SIZE = 1e-3  # by which shares of removed neurons may differ
 # Of models in the picture of kept neurons, and of its cells in all.
 _MOST_MAPS, _MOST_CELLS = 12, 8192
@@ -66,14 +55,14 @@ def study_figures(study: Study, analysis: Analysis) -> list[Figure]:
 
 
 def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
-    """Every benchmark relative to the dense model, with intervals and what takes no knowledge."""
+    """Every benchmark relative to the dense model, with intervals and the no-knowledge baselines."""
     data = relative(study, analysis, with_zero=True)
     if not data:
         return None
     base = alt.Chart().encode(x=_ratio_axis())
     band = (
         alt.Chart()
-        .transform_aggregate(low="min(floor_low)", high="max(floor_high)", groupby=["benchmark"])
+        .transform_aggregate(low="min(baseline_low)", high="max(baseline_high)", groupby=["benchmark"])
         .mark_rect(aria=False, color=_NEUTRAL, opacity=0.3, stroke=_NEUTRAL)
         .encode(y="low:Q", y2="high:Q")
     )
@@ -86,8 +75,8 @@ def dichotomy(study: Study, analysis: Analysis) -> Figure | None:
     chart = _by_benchmark(study, data, band, dense, error, line, point)
     caption = (
         "Over the expansion ratio (intermediate size over hidden size), each benchmark as a share of the dense score "
-        "(of perplexities the inverse), with 95 % intervals of the difference. Grey: what responders that know nothing "
-        "score, worst to best. Only what is above the grey band can hold or improve."
+        "(of perplexities the inverse), with 95 % intervals of the difference. Grey: the range of the "
+        "no-knowledge baselines. Only a score above the grey band can hold or improve."
     )
     dense_of = {one.title: one.measured[study.dense].value for one in study.benchmarks if study.dense in one.measured}
     if zero := [title for title, value in dense_of.items() if not value]:
@@ -102,24 +91,52 @@ def fragile_and_robust(study: Study, analysis: Analysis) -> Figure | None:
         return None
     chosen = alt.selection_point(fields=["benchmark"], on="pointerover", nearest=True, empty=False)
     colours = [COLOURS[1], COLOURS[0], *COLOURS[2:5], _NEUTRAL]
-    colour = alt.Color("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=colours))
+    colour = alt.Color("group:N", title="group", scale=alt.Scale(domain=list(_GROUPS), range=colours))
     base = alt.Chart().encode(x=_ratio_axis(), y=_relative_axis(), color=colour, detail="benchmark:N")
     line = base.mark_line().encode(size=alt.condition(chosen, alt.value(4), alt.value(1.5)))
     point = base.mark_point(filled=True, size=50, opacity=1).encode(
-        shape=alt.Shape("group:N", title="benchmark", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES))),
+        shape=alt.Shape("group:N", title="group", scale=alt.Scale(domain=list(_GROUPS), range=list(SHAPES))),
         tooltip=_tooltip(),
     )
     rule = alt.Chart().mark_rule(aria=False, color=_NEUTRAL, strokeDash=[4, 3]).encode(y=alt.datum(100))
+    names = (
+        alt.Chart()
+        .transform_filter("isValid(datum.label_at)")
+        .mark_text(align="left", dx=8, fontSize=_LABEL_SIZE)
+        .encode(x=_ratio_axis(), y="label_at:Q", text="benchmark:N", color=colour)
+    )
     chart = (
-        alt.layer(rule, line, point.add_params(chosen), data=alt.InlineData(data))
-        .properties(width=420, height=280)
+        alt.layer(rule, line, point.add_params(chosen), names, data=alt.InlineData(_with_labels(data)))
+        .properties(width=380, height=_LABELLED_HEIGHT)
         .facet(facet=alt.Facet("method:N", title=None), columns=2)
     )
     caption = (
-        "The same lines in one panel for each method. Fragile: some level is significantly worse than dense. "
-        "At or below the floor: the dense model is not above what takes no knowledge."
+        "All benchmarks in one panel for each method. Fragile: some level is significantly worse than dense. "
+        "At or below the baseline: the dense model is not above every no-knowledge baseline."
     )
     return Figure("fragile_robust", "Fragile against robust", caption, _spec(chart, caption))
+
+
+def _with_labels(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with `label_at`: where the name of a line stands beside its end, far enough from the next one to be read."""
+    values = [row["relative"] for row in data] + [100]
+    step = (max(values) - min(values)) * (_LABEL_SIZE + 1) / _LABELLED_HEIGHT
+    labelled = []
+    for method in dict.fromkeys(row["method"] for row in data):
+        own = [row for row in data if row["method"] == method]
+        ends = {row["benchmark"]: row for row in sorted(own, key=lambda row: row["removed"])}  # the last one stays
+        names = sorted(ends, key=lambda name: ends[name]["relative"])
+        places: dict[str, float] = {}
+        above = -math.inf
+        for name in names:  # upwards, each above the one before
+            above = places[name] = max(ends[name]["relative"], above + step)
+        below = max(values) + step
+        for name in reversed(names):  # and back down, where the panel ended before they did
+            below = places[name] = min(places[name], below - step)
+        labelled += [
+            row | {"label_at": places[row["benchmark"]] if row is ends[row["benchmark"]] else None} for row in own
+        ]
+    return labelled
 
 
 def perplexities(study: Study) -> Figure | None:
@@ -131,7 +148,7 @@ def perplexities(study: Study) -> Figure | None:
             "level": point.level,
             "expansion_ratio": point.expansion_ratio,
             "value": measured.value,
-            "floor": benchmark.floor[1].value if benchmark.floor else None,
+            "baseline": benchmark.best_baseline[1].value if benchmark.best_baseline else None,
         }
         for benchmark in study.benchmarks
         if benchmark.is_perplexity
@@ -146,14 +163,14 @@ def perplexities(study: Study) -> Figure | None:
     point = base.mark_point(filled=True, size=50, opacity=1).encode(
         shape=_shapes(study), tooltip=["benchmark:N", "method:N", "level:N", alt.Tooltip("value:Q", format=",.2f")]
     )
-    floor = (
+    baseline = (
         alt.Chart()
-        .transform_filter("isValid(datum.floor)")
+        .transform_filter("isValid(datum.baseline)")
         .mark_rule(aria=False, color=_NEUTRAL, strokeDash=[2, 2])
-        .encode(y=alt.Y("min(floor):Q", scale=alt.Scale(type="log")))
+        .encode(y=alt.Y("min(baseline):Q", scale=alt.Scale(type="log")))
     )
     chart = (
-        alt.layer(floor, base.mark_line(), point, data=alt.InlineData(data))
+        alt.layer(baseline, base.mark_line(), point, data=alt.InlineData(data))
         .properties(width=320, height=240)
         .facet(facet=alt.Facet("benchmark:N", title=None), columns=2)
         .resolve_scale(y="independent")
@@ -187,7 +204,7 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
     base = alt.Chart(alt.InlineData(data)).encode(x=x, y=y, color=_methods(study), order="removed:Q")
     layers = [base.mark_line(opacity=0.6)]
     for benchmark, channel in ((knowledge, "x"), (truth, "y")):
-        if (best := benchmark.floor) and (worst := benchmark.lowest_floor):
+        if (best := benchmark.best_baseline) and (worst := benchmark.worst_baseline):
             low, high = sorted((worst[1].value, best[1].value))
             box = alt.Chart(alt.InlineData([{"low": low, "high": high}])).mark_rect(
                 aria=False, color=_NEUTRAL, opacity=0.25
@@ -198,15 +215,16 @@ def knowledge_and_truthfulness(study: Study) -> Figure | None:
     layers.append(base.mark_text(dy=-10, fontSize=10).encode(text="level:N"))
     chart = alt.layer(*layers).properties(width=460, height=320)
     caption = (
-        "One point for each level. Grey: what takes no knowledge, on each axis. A path that ends where the bands cross "
-        "is a model whose answers carry nothing, however the two scores correlate on the way."
+        "One point for each level. Grey: the range of the no-knowledge baselines, on each axis. A path "
+        "that ends where the bands cross is a model whose answers carry nothing, however the two scores correlate on "
+        "the way."
     )
     return Figure("knowledge_truthfulness", "Knowledge against truthfulness", caption, _spec(chart, caption))
 
 
 def kept_neurons(study: Study) -> Figure | None:
     """Which neurons were kept, by layer."""
-    order = [name_point(point) for point in study.points if point.method != DENSE][:_MOST_MAPS]
+    order = [name_variant(point) for point in study.points if point.method != DENSE][:_MOST_MAPS]
     maps = {name: layers for name, layers in study.kept.items() if name in order}
     while sum(parts := [len(shares) for layers in maps.values() for shares in layers]) > _MOST_CELLS and max(parts) > 1:
         maps = {name: [_halved(shares) for shares in layers] for name, layers in maps.items()}
@@ -266,7 +284,8 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
     methods = [DENSE, *study.methods]
     colour = alt.Color("method:N", title="method", scale=alt.Scale(domain=methods, range=[_NEUTRAL, *COLOURS]))
     base = alt.Chart().encode(
-        x=alt.X("value:Q", title=None, scale=alt.Scale(zero=False)), y=alt.Y("left:Q", title="% left above the floor")
+        x=alt.X("value:Q", title=None, scale=alt.Scale(zero=False)),
+        y=alt.Y("left:Q", title="% left above the baseline"),
     )
     point_marks = base.mark_point(filled=True, size=60, opacity=1).encode(
         color=colour,
@@ -289,9 +308,9 @@ def quality_and_speed(study: Study, analysis: Analysis) -> Figure | None:
         .resolve_scale(x="independent")
     )
     caption = (
-        "How much of what the dense model has above its floors is left, in the mean over benchmarks where it has any, "
-        "against speed (and energy, where the hardware tells it). The line is the Pareto front: of models that no "
-        "other one beats in one of the two without losing in the other."
+        "How much of the dense model's distance from the no-knowledge baseline is left, in the mean over the "
+        "benchmarks on which it is above the baseline, against speed (and energy, where hardware counters exist). The "
+        "line is the Pareto front: the models that no other one beats in one of the two without losing in the other."
     )
     return Figure("quality_speed", "Quality against speed and energy", caption, _spec(chart, caption))
 
@@ -340,7 +359,7 @@ def relative(study: Study, analysis: Analysis, *, with_zero: bool = False) -> li
         if dense is None or not (dense.value or with_zero):
             continue
         whole = dense.value or 1 / dense.items
-        ends = [one[1].value for one in (benchmark.lowest_floor, benchmark.floor) if one is not None]
+        ends = [one[1].value for one in (benchmark.worst_baseline, benchmark.best_baseline) if one is not None]
         bounds = sorted(share for end in ends if math.isfinite(share := _share(benchmark, whole, end)))
         for method in study.methods:
             for point in study.of_method(method):
@@ -360,8 +379,8 @@ def relative(study: Study, analysis: Analysis, *, with_zero: bool = False) -> li
                         "relative": _share(benchmark, whole, row.measured.value),
                         "low": low,
                         "high": high,
-                        "floor_low": bounds[0] if bounds else None,
-                        "floor_high": bounds[-1] if bounds else None,
+                        "baseline_low": bounds[0] if bounds else None,
+                        "baseline_high": bounds[-1] if bounds else None,
                         "verdict": row.verdict,
                     }
                 )

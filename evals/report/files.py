@@ -6,40 +6,43 @@ import importlib.metadata
 import importlib.resources
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
-import rich.table
 import vl_convert
-from rich.console import Console
-from rich.text import Text
 
+from evals.report.drawing import drawings
 from evals.report.figures import Figure, study_figures
-from evals.report.tables import Table, row_json, spell_value, study_tables
+from evals.report.tables import Table, row_json, study_tables
 from evals.report.words import summary
-from evals.results import make_folder
-from evals.study import Analysis, Point, Study, analyse
-from gluprune_jax.atomic import write_file_atomic
+from evals.results.store import make_folder
+from evals.study.analysis import Analysis, analyse
+from evals.study.significance import POWER, SMALLEST_DIFFERENCE
+from evals.study.study import Study
+from gluprune_jax.files.atomic import write_file_atomic
 
 PAGE, DOCUMENT, FIGURES, TABLES = "report.html", "study.json", "figures", "tables"
-FORMAT, VERSION = "gluprune-study", 1
+FORMAT, VERSION = "gluprune-study", 2
 
 # Names of figures and tables, which are replaced, or removed where a study has none.
 KNOWN = {
     *("dichotomy", "fragile_robust", "perplexity", "knowledge_truthfulness", "kept", "quality_speed", "paper"),
-    *("scores", "changes", "trends", "floors", "groups", "correlations", "texts", "efficiency"),
+    *("scores", "changes", "trends", "baselines", "groups", "correlations", "texts", "efficiency"),
+    "floors",  # what the table of baselines was called
 }
 
-_SCALE = 2  # pixels of a PNG for each of the figure's
-_PRINT: dict[str, Any] = {
-    "background": "white",
-    "font": "sans-serif",
-    "legend": {"orient": "bottom"},
-    "axis": {"titleFontWeight": "normal"},
+# What a sweep's file calls otherwise than a reader would.
+_LABELS = {
+    "weights": "checksums of the weights",
+    "data_dir": "benchmark data",
+    "floor": "least share of a layer kept",
+    "shots": "few-shot examples",
+    "slice": "sliced, not masked",
 }
+_MOST_ROWS = 40  # of a table that the page shows unfolded
 
 
 def write_report(study: Study, folder: Path) -> None:
@@ -59,68 +62,16 @@ def write_report(study: Study, folder: Path) -> None:
         written.add(folder / name)
 
     for figure in figures:
-        for ending, draw in (("svg", vl_convert.vegalite_to_svg), ("png", _png)):
-            drawn = draw(figure.spec, config=_PRINT)
-            write(f"{FIGURES}/{figure.name}.{ending}", drawn.encode() if isinstance(drawn, str) else drawn)
+        for ending, drawn in drawings(figure.spec).items():
+            write(f"{FIGURES}/{figure.name}.{ending}", drawn)
     for table in tables:
         write(f"{TABLES}/{table.name}.csv", table.to_csv().encode())
-        write(f"{TABLES}/{table.name}.tex", table.to_latex().encode())
     write(DOCUMENT, to_json(study_json(study, analysis, sentences)).encode())
     write(PAGE, page(study, sentences, figures, tables).encode())
-    for part, endings in ((FIGURES, (".svg", ".png")), (TABLES, (".csv", ".tex"))):  # of an older study
+    for part, endings in ((FIGURES, (".svg", ".png")), (TABLES, (".csv", ".tex"))):  # of older reports
         for old in (folder / part).glob("*"):
             if old.suffix in endings and old.stem in KNOWN and old not in written:
                 old.unlink()
-
-
-def print_study(study: Study, *, as_json: bool) -> None:
-    """The summary and the tables of scores and changes on standard output."""
-    analysis = analyse(study)
-    sentences = summary(study, analysis)
-    if as_json:
-        print(to_json(study_json(study, analysis, sentences)))
-        return
-    console = Console(highlight=False, soft_wrap=True, emoji=False)
-    for method in study.methods:
-        dense, *pruned = study.of_method(method)
-        for table in _overviews(console, study, analysis, method, dense, pruned):
-            console.print(table)
-    console.print("↓ ↑ significantly worse or better than dense; ° not above the floor", style="dim", markup=False)
-    for sentence in sentences:
-        console.print(f"- {sentence}", markup=False)
-
-
-def _overviews(
-    console: Console, study: Study, analysis: Analysis, method: str, dense: Point, pruned: Sequence[Point]
-) -> Iterator[rich.table.Table]:
-    """Scores of a method: beside each other, or below each other where the terminal is too narrow."""
-    table = _overview(study, analysis, method, [dense, *pruned])
-    wide = console.options.update(max_width=10_000)
-    if len(pruned) < 2 or console.measure(table, options=wide).maximum <= console.width:
-        yield table
-        return
-    half = len(pruned) // 2
-    for part in (pruned[:half], pruned[half:]):
-        yield from _overviews(console, study, analysis, method, dense, part)
-
-
-def _overview(study: Study, analysis: Analysis, method: str, points: Sequence[Point]) -> rich.table.Table:
-    table = rich.table.Table(title=Text(method), title_justify="left")
-    table.add_column("benchmark")
-    for column in ("floor", *(point.level for point in points)):
-        table.add_column(Text(column), justify="right", no_wrap=True)
-    for benchmark in study.benchmarks:
-        cells = [Text(spell_value(benchmark, benchmark.floor[1].value) if benchmark.floor else "")]
-        for point in points:
-            row = analysis.row(benchmark.name, point)
-            if row is None:
-                cells.append(Text(""))
-                continue
-            mark = {"worse": "↓", "better": "↑"}.get(row.change or "", " ")
-            mark += "°" if row.relation in ("at", "below") else " "
-            cells.append(Text(f"{spell_value(benchmark, row.measured.value)}{mark}"))
-        table.add_row(Text(benchmark.title), *cells)
-    return table
 
 
 def to_json(document: Any) -> str:
@@ -151,7 +102,7 @@ def study_json(study: Study, analysis: Analysis, sentences: Sequence[str]) -> di
                 "title": benchmark.title,
                 "metric": benchmark.metric,
                 "higher_is_better": benchmark.higher_is_better,
-                "floors": {name: measured.value for name, measured in benchmark.floors.items()},
+                "baselines": {name: measured.value for name, measured in benchmark.baselines.items()},
             }
             for benchmark in study.benchmarks
         ],
@@ -181,6 +132,9 @@ def page(study: Study, sentences: Sequence[str], figures: Sequence[Figure], tabl
         figures=figures,
         tables=tables,
         about=_spell_about(study.about),
+        most_rows=_MOST_ROWS,
+        power=POWER,
+        smallest=SMALLEST_DIFFERENCE,
         bundle=markupsafe.Markup(_bundle()),
         specs=markupsafe.Markup(specs),
     )
@@ -192,11 +146,17 @@ def _bundle() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
-def _png(spec: dict[str, Any], config: dict[str, Any]) -> bytes:
-    drawn: bytes = vl_convert.vegalite_to_png(spec, scale=_SCALE, config=config)
-    return drawn
-
-
 def _spell_about(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = {name.replace("_", " "): value for name, value in about.items() if value not in (None, False)}
-    return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in shown.items()]
+    shown = {name: value for name, value in about.items() if value not in (None, False)}
+    return [(_LABELS.get(name, name.replace("_", " ")), _in_words(value)) for name, value in shown.items()]
+
+
+def _in_words(value: Any) -> str:
+    """A value of JSON as a reader would write it."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_in_words(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_in_words(one) for one in value if one is not None)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

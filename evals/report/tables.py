@@ -7,16 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from evals.paper import METHOD, paper_study, published
-from evals.significance import Comparison, holm
-from evals.study import ALPHA, Analysis, Measured, Point, Row, StudiedBenchmark, Study, compare, name_point
+from evals.study.analysis import ALPHA, Analysis, Row, compare
+from evals.study.paper import METHOD, paper_study, published
+from evals.study.significance import Comparison, holm
+from evals.study.study import Score, StudiedBenchmark, Study, Variant, name_variant
 
 Cell = str | float | int | None
-
-_LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "%&#_{}$"}
-    | {"±": "$\\pm$", "<": "$<$", ">": "$>$", "\\": "\\textbackslash{}", "^": "\\^{}", "~": "\\~{}", "\n": " "}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +26,8 @@ class Table:
       columns: their titles.
       rows: values; None where there is none.
       formats: by column, how a number is spelled.
+      definitions: of what stands in it.
+      parts: what the page shows instead, of a table that is too wide for it.
     """
 
     name: str
@@ -38,6 +36,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     formats: Mapping[str, Callable[[float], str]] = dataclasses.field(default_factory=dict)
+    definitions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    parts: Sequence["Table"] = ()
 
     def texts(self) -> list[list[str]]:
         """The rows as they are shown."""
@@ -59,13 +59,6 @@ class Table:
         writer.writerows(["" if value is None else value for value in row] for row in self.rows)
         return file.getvalue()
 
-    def to_latex(self) -> str:
-        """A tabular of the booktabs package."""
-        align = "".join("r" if self.is_number(i) else "l" for i in range(len(self.columns)))
-        lines = [" & ".join(text.translate(_LATEX) for text in row) + r" \\" for row in [self.columns, *self.texts()]]
-        body = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        return "\n".join([f"% {self.title}: {self.note}".replace("\n", " "), *body, r"\end{tabular}", ""])
-
 
 def study_tables(study: Study, analysis: Analysis) -> list[Table]:
     """All tables that a study has something for."""
@@ -73,7 +66,7 @@ def study_tables(study: Study, analysis: Analysis) -> list[Table]:
         scores(study),
         changes(study, analysis),
         trends(study, analysis),
-        floors(study),
+        baselines(study),
         groups(study, analysis),
         correlations(analysis),
         texts(study),
@@ -84,36 +77,48 @@ def study_tables(study: Study, analysis: Analysis) -> list[Table]:
 
 
 def scores(study: Study) -> Table:
-    """Every headline metric, with its standard error, and the floor."""
+    """Every headline metric, with its standard error, and the range of the no-knowledge baselines."""
+    note = "Headline metrics ± standard error; baseline: from the worst to the best no-knowledge baseline."
+    whole = Table("scores", "Scores", note, *_scores(study, study.points, name_variant), {"items": "{:,.0f}".format})
+    if len(study.methods) < 2:
+        return whole
+    parts = [
+        dataclasses.replace(whole, title=method, columns=columns, rows=rows)
+        for method in study.methods
+        for columns, rows in [_scores(study, study.of_method(method), lambda point: point.level)]
+    ]
+    return dataclasses.replace(whole, parts=parts)
+
+
+def _scores(
+    study: Study, points: Sequence[Variant], name: Callable[[Variant], str]
+) -> tuple[list[str], list[list[Cell]]]:
     rows: list[list[Cell]] = []
     for benchmark in study.benchmarks:
-        floor = benchmark.floor
-        cells = [_with_error(benchmark, benchmark.measured.get(point)) for point in study.points]
-        lowest = benchmark.lowest_floor
+        best, worst = benchmark.best_baseline, benchmark.worst_baseline
+        cells = [_with_error(benchmark, benchmark.measured.get(point)) for point in points]
         band = None
-        if floor and lowest:
-            ends = [spell_value(benchmark, one[1].value) for one in (lowest, floor)]
+        if best and worst:
+            ends = [format_value(benchmark, one[1].value) for one in (worst, best)]
             band = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
         items = max((one.items for one in benchmark.measured.values()), default=0)
         rows.append([benchmark.title, benchmark.metric.removesuffix(",none"), items, *cells, band])
-    columns = ["benchmark", "metric", "items", *map(name_point, study.points), "floor"]
-    note = "Headline metrics ± standard error; the floor is what responders that know nothing score, worst to best."
-    return Table("scores", "Scores", note, columns, rows, {"items": "{:,.0f}".format})
+    return ["benchmark", "metric", "items", *map(name, points), "baseline"], rows
 
 
 def changes(study: Study, analysis: Analysis) -> Table:
-    """Each model against the dense one and the floor."""
+    """Each model against the dense one and the baseline."""
     rows: list[list[Cell]] = []
     titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
     for row in analysis.rows:
-        dense, floor = row.from_dense, row.from_floor
+        dense, baseline = row.from_dense, row.from_baseline
         rows.append(
             [
                 titles[row.benchmark],
-                name_point(row.point),
+                name_variant(row.point),
                 row.measured.value,
                 *_comparison(dense, row.p_from_dense),
-                None if floor is None else floor.difference,
+                None if baseline is None else baseline.difference,
                 row.p_above,
                 row.verdict,
             ]
@@ -127,12 +132,12 @@ def changes(study: Study, analysis: Analysis) -> Table:
         "high",
         "p",
         "p, corrected",
-        "distance from floor",
+        "distance from baseline",
         "p of being above, corrected",
         "verdict",
     ]
-    formats = dict.fromkeys(columns[3:6], spell_difference) | {"distance from floor": spell_difference}
-    formats |= dict.fromkeys(("p", "p, corrected", "p of being above, corrected"), spell_p) | {"value": spell_number}
+    formats = dict.fromkeys(columns[3:6], format_difference) | {"distance from baseline": format_difference}
+    formats |= dict.fromkeys(("p", "p, corrected", "p of being above, corrected"), format_p) | {"value": format_number}
     has_items = any(one.outcomes is not None for benchmark in study.benchmarks for one in benchmark.measured.values())
     note = (
         "Differences are of the same items, with 95 % bootstrap intervals"
@@ -141,8 +146,8 @@ def changes(study: Study, analysis: Analysis) -> Table:
     )
     note += (
         "; of perplexities in nats (logarithms). "
-        "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with floors all of a "
-        "model. The distance is from the best responder that knows nothing; being above is tested against every one."
+        "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with baselines all "
+        "of a model. The distance is from the best no-knowledge baseline; being above is tested against every one."
     )
     return Table("changes", "What changed", note, columns, rows, formats)
 
@@ -157,7 +162,7 @@ def trends(study: Study, analysis: Analysis) -> Table:
         )
     ]
     columns = ["method", "benchmark", "slope", "low", "high", "p", "p, corrected", "test"]
-    formats = dict.fromkeys(columns[2:5], spell_difference) | dict.fromkeys(columns[5:7], spell_p)
+    formats = dict.fromkeys(columns[2:5], format_difference) | dict.fromkeys(columns[5:7], format_p)
     note = (
         "The change for all neurons removed, by a straight line over the levels; of perplexities in nats. p-values are "
         "corrected for the number of trends (Holm)."
@@ -165,15 +170,15 @@ def trends(study: Study, analysis: Analysis) -> Table:
     return Table("trends", "Trends over levels", note, columns, rows, formats)
 
 
-def floors(study: Study) -> Table:
-    """What each responder that knows nothing scores."""
+def baselines(study: Study) -> Table:
+    """The score of each no-knowledge baseline."""
     rows: list[list[Cell]] = [
-        [benchmark.title, responder, spell_value(benchmark, measured.value)]
+        [benchmark.title, rule, format_value(benchmark, measured.value)]
         for benchmark in study.benchmarks
-        for responder, measured in benchmark.floors.items()
+        for rule, measured in benchmark.baselines.items()
     ]
-    note = "Computed on the same items, through the benchmark's own checker."
-    return Table("floors", "What takes no knowledge", note, ["benchmark", "responder", "score"], rows)
+    note = "What a model scores that knows nothing, on the same items, through the benchmark's own checker."
+    return Table("baselines", "No-knowledge baselines", note, ["benchmark", "baseline", "score"], rows)
 
 
 def groups(study: Study, analysis: Analysis) -> Table:
@@ -186,8 +191,8 @@ def groups(study: Study, analysis: Analysis) -> Table:
     ]
     note = (
         "fragile: some level is significantly worse than the dense model; improving: none is, and some level is "
-        "significantly better, above the floor; no difference found: with so many items, which is no proof that there "
-        "is none; at or below the floor: the dense model is not above what takes no knowledge."
+        "significantly better, above the baseline; no difference found: with so many items, which is no proof that "
+        "there is none; at or below the baseline: the dense model is not above every no-knowledge baseline."
     )
     return Table("groups", "Fragile and robust", note, ["method", "group", "benchmarks"], rows)
 
@@ -201,7 +206,7 @@ def correlations(analysis: Analysis) -> Table:
     columns = ["method", "r", "low", "high", "p", "levels"]
     formats: dict[str, Callable[[float], str]] = dict.fromkeys(("r", "low", "high"), "{:+.3f}".format)
     note = "Pearson's r of MMLU with TruthfulQA MC2 over levels, with its 95 % interval, as if levels were independent."
-    return Table("correlations", "Knowledge and truthfulness", note, columns, rows, formats | {"p": spell_p})
+    return Table("correlations", "Knowledge and truthfulness", note, columns, rows, formats | {"p": format_p})
 
 
 def texts(study: Study) -> Table:
@@ -214,7 +219,7 @@ def texts(study: Study) -> Table:
             if measured is not None and measured.text is not None:
                 values = [measured.text.get(name) for name in names]
                 shown = [None if value is None or math.isnan(value) else value for value in values]
-                rows.append([benchmark.title, name_point(point), *shown])
+                rows.append([benchmark.title, name_variant(point), *shown])
     columns = ["benchmark", "model", "median words", "empty", "repetition", "distinct 2-grams", "echo", "cut off"]
     share: Callable[[float], str] = "{:.1%}".format
     formats: dict[str, Callable[[float], str]] = {"median words": "{:.0f}".format} | dict.fromkeys(columns[3:], share)
@@ -266,10 +271,9 @@ def efficiency(study: Study) -> Table:
     formats: dict[str, Callable[[float], str]] = dict.fromkeys(columns[3:], "{:,.1f}".format)
     formats |= {"width": "{:,}".format} | dict.fromkeys(columns[-2:], "{:.3f}".format)
     unavailable = report["energy"].get("unavailable")
-    definitions = "; ".join(f"{name}: {text}" for name, text in report["definitions"].items())
     energy = f" Energy is not available: {unavailable}." if unavailable else ""
-    note = f"On {report['devices']} in {report['dtype']}, medians.{energy} Definitions: {definitions}."
-    return Table("efficiency", "Speed, memory and energy", note, columns, rows, formats)
+    note = f"On {report['devices']} in {report['dtype']}, medians.{energy}"
+    return Table("efficiency", "Speed, memory and energy", note, columns, rows, formats, report["definitions"])
 
 
 def against_paper(study: Study) -> Table:
@@ -280,9 +284,9 @@ def against_paper(study: Study) -> Table:
         found = compare(theirs[1], ours[1])
         within = None if found is None else "not significantly different" if found.p_value > ALPHA else "different"
         difference = None if found is None else found.difference
-        rows.append([benchmark.title, name_point(ours[0]), ours[1].value, theirs[1].value, difference, within])
+        rows.append([benchmark.title, name_variant(ours[0]), ours[1].value, theirs[1].value, difference, within])
     columns = ["benchmark", "model", "ours", "published", "difference", "verdict"]
-    formats = {"ours": spell_number, "published": spell_number, "difference": spell_difference}
+    formats = {"ours": format_number, "published": format_number, "difference": format_difference}
     note = "Published values with their standard errors, or binomial ones; tested as independent samples at 5 % each."
     return Table("paper", "Against the published values", note, columns, rows, formats)
 
@@ -295,7 +299,7 @@ def same_model(study: Study) -> Study | None:
 
 def _common(
     study: Study, theirs: Study
-) -> Iterable[tuple[tuple[Point, Measured], tuple[Point, Measured], StudiedBenchmark]]:
+) -> Iterable[tuple[tuple[Variant, Score], tuple[Variant, Score], StudiedBenchmark]]:
     known = {benchmark.name: benchmark.measured for benchmark in theirs.benchmarks}
     for benchmark in study.benchmarks:
         for point, measured in benchmark.measured.items():
@@ -305,36 +309,36 @@ def _common(
                     yield (point, measured), (other, value), benchmark
 
 
-def spell_value(benchmark: StudiedBenchmark, value: float) -> str:
+def format_value(benchmark: StudiedBenchmark, value: float) -> str:
     """A score as tables show it."""
-    return spell_number(value) if benchmark.is_perplexity else f"{value:.4f}"
+    return format_number(value) if benchmark.is_perplexity else f"{value:.4f}"
 
 
-def spell_number(value: float) -> str:
+def format_number(value: float) -> str:
     """Four digits behind the point, fewer for large numbers."""
     size = abs(value)
     return f"{value:.4f}" if size < 10 else f"{value:,.2f}" if size < 1e5 else f"{value:.2e}"
 
 
-def spell_difference(value: float) -> str:
+def format_difference(value: float) -> str:
     """With its sign."""
     return f"{value:+.4f}" if abs(value) < 10 else f"{value:+.2f}"
 
 
-def spell_p(value: float) -> str:
+def format_p(value: float) -> str:
     """A p-value, never as zero."""
     return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
-def _with_error(benchmark: StudiedBenchmark, measured: Measured | None) -> str | None:
+def _with_error(benchmark: StudiedBenchmark, measured: Score | None) -> str | None:
     if measured is None:
         return None
-    text = spell_value(benchmark, measured.value)
+    text = format_value(benchmark, measured.value)
     if measured.stderr is None:
         return text
     # Of perplexities the error is that of the logarithm; to first order it is relative.
     error = measured.stderr * (measured.value if benchmark.is_perplexity else 1)
-    return f"{text} ± {spell_value(benchmark, error)}"
+    return f"{text} ± {format_value(benchmark, error)}"
 
 
 def _comparison(found: Comparison | None, corrected: float | None) -> list[Cell]:

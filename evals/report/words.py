@@ -2,16 +2,39 @@
 
 from collections.abc import Iterator, Sequence
 
-from evals.report.tables import spell_p, spell_value
-from evals.study import KNOWLEDGE, TRUTHFULNESS, Analysis, Row, Study
+from evals.report.tables import format_p, format_value
+from evals.study.analysis import KNOWLEDGE, TRUTHFULNESS, Analysis, Row, round_up
+from evals.study.significance import POWER, SMALLEST_DIFFERENCE
+from evals.study.study import Study
 
 
 def summary(study: Study, analysis: Analysis) -> list[str]:
     """A few sentences for each method, the most important first."""
-    sentences = list(_of_dense(study, analysis))
+    sentences = [*_of_few_items(study, analysis), *_of_dense(study, analysis)]
     for method in study.methods:
         sentences += _of_method(study, analysis, method)
     return sentences
+
+
+def _of_few_items(study: Study, analysis: Analysis) -> Iterator[str]:
+    """How many items would be enough, where there are too few."""
+    few = [row for row in analysis.rows if row.has_too_few_items]
+    for comparison, rows in (
+        ("the pruned models from the dense one", [row for row in few if row.point != study.dense]),
+        ("the dense model from its no-knowledge baselines", [row for row in few if row.point == study.dense]),
+    ):
+        needed: dict[str, int] = {}
+        for row in rows:
+            needed[row.benchmark] = max(needed.get(row.benchmark, 0), row.items_needed or 0)
+        titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
+        items = {row.benchmark: row.measured.items for row in rows}
+        if needed:
+            each = [f"{round_up(number):,} of {titles[name]} (now {items[name]:,})" for name, number in needed.items()]
+            yield (
+                f"Too few items to tell {comparison}: use {_list(each)}, or all there are; so many show a "
+                f"difference of {SMALLEST_DIFFERENCE} (of perplexities {100 * SMALLEST_DIFFERENCE:.0f} %) with "
+                f"{100 * POWER:.0f} % probability."
+            )
 
 
 def _of_dense(study: Study, analysis: Analysis) -> Iterator[str]:
@@ -19,10 +42,10 @@ def _of_dense(study: Study, analysis: Analysis) -> Iterator[str]:
     above = [row for row in rows if row.relation == "above"]
     tested = [row for row in rows if row.relation is not None]
     if tested:
-        others = "; on the others it is not distinguishable from them, or below" if len(above) < len(tested) else ""
+        others = "; on the others it cannot be told from them, or is below" if len(above) < len(tested) else ""
         yield (
-            f"The dense model is above what responders that know nothing score on {len(above)} of {len(tested)} "
-            f"benchmarks with such a floor{_named(study, above)}{others}."
+            f"The dense model is above every no-knowledge baseline on {len(above)} of {len(tested)} "
+            f"benchmarks{_named(study, above)}{others}."
         )
 
 
@@ -37,9 +60,9 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
     spelled = {
         "fragile": "fragile",
         "no difference found": "no difference found",
-        "improving": "improving above the floor",
-        "at the floor": "at the floor already when dense",
-        "below the floor": "below the floor when dense",
+        "improving": "improving above the baseline",
+        "at the baseline": "at the no-knowledge baseline already when dense",
+        "below the baseline": "below the no-knowledge baseline when dense",
     }
     parts = [f"{spelled[group]}: {_list([titles[name] for name in names])}" for group, names in groups.items() if names]
     if parts:
@@ -50,21 +73,22 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
             for row in pruned
             if row.benchmark == benchmark.name and row.change == "better" and row.relation in ("at", "below")
         ]
-        if better and benchmark.floor is not None:
-            name, floor = benchmark.floor
-            values = _list([spell_value(benchmark, row.measured.value) for row in better])
+        if better and benchmark.best_baseline is not None:
+            name, baseline = benchmark.best_baseline
+            values = _list([format_value(benchmark, row.measured.value) for row in better])
             where = _list([row.point.level for row in better])
             yield (
-                f"{benchmark.title} is significantly better than dense at {where} ({values}), but not above its floor: "
-                f"{name} scores {spell_value(benchmark, floor.value)}. That is no evidence of an ability."
+                f"{benchmark.title} is significantly better than dense at {where} ({values}), but not above its "
+                f"no-knowledge baseline: {name} scores {format_value(benchmark, baseline.value)}. "
+                f"That is no evidence of an ability."
             )
     for name in dict.fromkeys(row.benchmark for row in pruned):
         fallen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("fallen to it")]
         if fallen:
-            yield f"{titles[name]} falls to its floor at {_list(fallen)}."
+            yield f"{titles[name]} falls to its no-knowledge baseline at {_list(fallen)}."
         risen = [row.point.level for row in pruned if row.benchmark == name and row.verdict.endswith("risen to it")]
         if risen:
-            yield f"{titles[name]} rises to its floor from below at {_list(risen)}."
+            yield f"{titles[name]} rises to its no-knowledge baseline from below at {_list(risen)}."
     found = analysis.correlations.get(method)
     if found is not None:
         ends = [
@@ -75,14 +99,18 @@ def _of_method(study: Study, analysis: Analysis, method: str) -> Iterator[str]:
         reading = ""
         if all(end.relation == "at" for end in ends):
             reading = (
-                f" At {ends[0].point.level} both are at their floors: it is the correlation of two scores that "
-                f"approach chance."
+                f" At {ends[0].point.level} both are at their no-knowledge baselines: it is the correlation of two "
+                f"scores that approach chance."
             )
         yield (
             f"MMLU and TruthfulQA MC2 correlate over the {found.points} levels with r = {found.r:.3f} "
-            f"(95 % interval {found.low:.2f} to {found.high:.2f}, p = {spell_p(found.p_value)}, as if "
+            f"(95 % interval {found.low:.2f} to {found.high:.2f}, {_equals(format_p(found.p_value))}, as if "
             f"levels were independent).{reading}"
         )
+
+
+def _equals(p_value: str) -> str:
+    return f"p < {p_value[1:]}" if p_value.startswith("<") else f"p = {p_value}"
 
 
 def _range(levels: Sequence[str]) -> str:

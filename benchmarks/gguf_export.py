@@ -1,0 +1,99 @@
+"""A random checkpoint of Llama-3.2-1B's exact shapes to a GGUF file, against a plain copy of its files.
+
+    python benchmarks/gguf_export.py --pairs 3 [--work FOLDER] [--json]     # 8 GB of disk
+
+A pair is the copy (`shutil`, every file flushed to the disk) and `python -m convert` as a whole process, imports and
+flush included, now one first, now the other. Before each of them the system is told to forget the files that it reads,
+as `stream_8b.py` explains. Beside the whole process, the seconds of the writing itself are measured in this one.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from stream_8b import bytes_in, copy, forget, write_model
+
+MOST_MEMORY, MOST_TIMES = 1e9, 1.5  # what is promised
+
+
+def export(model: Path, output: Path, kind: str) -> tuple[float, int]:
+    """Seconds of the command as a whole process, and its peak resident memory in bytes."""
+    argv = [sys.executable, "-m", "convert", str(model), str(output), "--gguf-type", kind, "--json"]
+    start = time.perf_counter()
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{argv} ended with status {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def write(model: Path, output: Path, kind: str) -> float:
+    """Seconds from the opened folder to the file that is in place."""
+    import convert
+
+    checkpoint = convert.load(model, stream=True)
+    start = time.perf_counter()
+    convert.save(checkpoint, output, formats=["gguf"], gguf=convert.GGUFOptions(kind))
+    return time.perf_counter() - start
+
+
+def pairs(work: Path, count: int, kind: str) -> dict[str, Any]:
+    """Seconds of copies and exports, and the peak resident memory of the latter."""
+    model, copied, exported = work / "model", work / "copy", work / "model.gguf"
+    write_model(model, "llama-3.2-1b")
+    copies, processes, writings, memory, nbytes = [], [], [], [], 0
+    for i in range(count):
+        for what in ("copy", "process", "writing") if i % 2 == 0 else ("writing", "process", "copy"):
+            forget(model)
+            if what == "copy":
+                copies.append(copy(model, copied)["seconds"])
+                shutil.rmtree(copied)
+                continue
+            if what == "process":
+                seconds, peak = export(model, exported, kind)
+                processes.append(seconds)
+                memory.append(peak)
+            else:
+                writings.append(write(model, exported, kind))
+            nbytes = exported.stat().st_size
+            exported.unlink()
+    return {
+        "type": kind,
+        "bytes": {"input": bytes_in(model), "output": nbytes},
+        "seconds": {"copy": copies, "process": processes, "writing": writings},
+        "peak_bytes": max(memory),
+        "times_process": statistics.median(p / c for p, c in zip(processes, copies, strict=True)),
+        "times_writing": statistics.median(w / c for w, c in zip(writings, copies, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--type", default="F16", choices=("F32", "F16", "BF16", "Q8_0"))
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary one)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
+        report = pairs(Path(work), args.pairs, args.type)
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(
+        f"{report['type']}: {report['times_process']:.2f} times a plain copy (promised for F16: {MOST_TIMES}), the "
+        f"writing alone {report['times_writing']:.2f} times; peak memory {report['peak_bytes'] / 1e6:,.0f} MB "
+        f"(promised: {MOST_MEMORY / 1e6:,.0f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Model families: what each calls its config keys and tensors, one small table each."""

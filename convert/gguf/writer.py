@@ -1,0 +1,288 @@
+"""Writes a model as a GGUF file, tensor by tensor: the tables of the reader, backwards.
+
+llama.cpp keeps tensors of one axis (norms, biases, divisors of frequencies) in float32 whatever the others are, and so
+do we.
+"""
+
+import dataclasses
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import gguf
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+from gguf import LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES
+from numpy.typing import NDArray
+
+from convert.checkpoint import Checkpoint, Progress, cast, for_file
+from convert.families.family import GGUFTable
+from convert.families.llama_cpp import is_own_yarn, main_rope
+from convert.families.names import TensorName, grouped, tensor_names
+from convert.gguf.config import write_metadata
+from convert.gguf.file_writer import tensor_bytes, write_file
+from convert.huggingface.safetensors import read_ahead
+from gluprune_jax.errors import RequestError
+from gluprune_jax.models.config import ModelConfig, YarnRope
+from gluprune_jax.models.parameters import parameters_of
+
+TYPES: Mapping[str, GGMLType] = {kind.name: kind for kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0)}
+WIDTHS = ("per-layer", "uniform")
+# What rows of quantised types, and so widths, must be divided by. Of no other multiple are layers of different widths
+# smaller in llama.cpp: what does not divide stays in F16.
+BLOCK = 32
+
+Widths = Literal["per-layer", "uniform"]
+_DTYPES: Mapping[GGMLType, np.dtype[Any]] = {
+    GGMLType.F32: np.dtype(np.float32),
+    GGMLType.F16: np.dtype(np.float16),
+    GGMLType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_FILE_TYPES = {
+    GGMLType.F32: LlamaFileType.ALL_F32,
+    GGMLType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+_CHUNK = 1 << 20  # values that are converted at a time, in a processor's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFPlan:
+    """What a GGUF file of a model will hold, before any weight is read.
+
+    Attributes:
+      table: of its architecture.
+      widths: of each layer in the file, zero neurons included.
+      fields: the metadata.
+      tensors: type and shape of each tensor, by name, in the order of the file.
+      parts: our parameters in each tensor that holds some, one under the other.
+      vectors: the values of the others.
+      notes: what is stored in another way than one would expect, one sentence each.
+    """
+
+    table: GGUFTable
+    widths: tuple[int, ...]
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, tuple[GGMLType, tuple[int, ...]]]
+    parts: Mapping[str, Sequence[TensorName]]
+    vectors: Mapping[str, tuple[float, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor_bytes(*tensor) for tensor in self.tensors.values())
+
+
+def plan_gguf(
+    checkpoint: Checkpoint,
+    gguf_type: str | None = None,
+    gguf_widths: Widths | None = None,
+    width_multiple: int | None = None,
+) -> GGUFPlan:
+    """Decides how a model is written as a GGUF file.
+
+    Args:
+      checkpoint: the model; of its weights only shapes and dtypes are looked at.
+      gguf_type: what its matrices are stored as, one of `TYPES`; None keeps the dtype of each. In Q8_0, those with rows
+        that 32 does not divide are F16.
+      gguf_widths: how layers of different widths are written: "per-layer" as llama.cpp takes them in its architecture
+        "deci", "uniform" with zero neurons up to the widest. None is the first where `deci` can express the model.
+      width_multiple: zero neurons are added up to a multiple of this; None is 32 where layers differ, else 1.
+
+    Raises:
+      RequestError: llama.cpp has no architecture for the model, or cannot express it, or a parameter is none of these.
+    """
+    if gguf_type is not None and gguf_type not in TYPES:
+        raise RequestError(f"`gguf_type` is {gguf_type!r}; choose from {', '.join(TYPES)}")
+    if gguf_widths is not None and gguf_widths not in WIDTHS:
+        raise RequestError(f"`gguf_widths` is {gguf_widths!r}; choose from {', '.join(WIDTHS)}")
+    if width_multiple is not None and width_multiple < 1:
+        raise RequestError(f"`width_multiple` is {width_multiple}; it must be at least 1")
+    config, family = checkpoint.config, checkpoint.family
+    if family.gguf is None:
+        raise RequestError(f"llama.cpp has no architecture that is known here for {family.name}; write `format` hf")
+    table, widths, notes = choose_widths(family.gguf, config, gguf_widths, width_multiple)
+    dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters_of(checkpoint.model).items()}
+    padded = dataclasses.replace(config, intermediate_sizes=widths)
+    parts = grouped(tensor_names(padded, family), "gguf")
+    vectors = table.divisors(config)
+    tensors: dict[str, tuple[GGMLType, tuple[int, ...]]] = {
+        name: (GGMLType.F32, (len(values),)) for name, values in vectors.items()
+    }
+    for name, names in parts.items():
+        shape = (sum(part.shape[0] for part in names), *names[0].shape[1:])
+        tensors[name] = (_type_of(dtypes[names[0].name], shape, gguf_type), shape)
+    fields = write_metadata(table, config, widths, {name: shape for name, (_, shape) in tensors.items()})
+    matrices = {name: kind for name, (kind, shape) in tensors.items() if len(shape) > 1}
+    fields |= _type_fields(gguf_type, matrices)
+    if gguf_type == "Q8_0" and (others := [name for name, kind in matrices.items() if kind != GGMLType.Q8_0]):
+        notes.append(f"{len(others)} of {len(matrices)} matrices are F16, as {BLOCK} does not divide their rows")
+    rope = main_rope(config)
+    if rope is not None and isinstance(rope.scaling, YarnRope) and is_own_yarn(rope.scaling):
+        notes.append(
+            "llama.cpp does not look at YaRN's betas and attention factor, which this model has of its own: it gets "
+            "other logits there"
+        )
+    windows = [layer.window for layer in config.attention if layer.window is not None]
+    if windows and not table.applies_windows:
+        notes.append(
+            f"llama.cpp does not apply the window of {min(windows)} tokens in its architecture {table.architecture!r}: "
+            f"longer texts get other logits there"
+        )
+    return GGUFPlan(table, widths, fields, tensors, parts, vectors, tuple(notes))
+
+
+def choose_widths(
+    table: GGUFTable, config: ModelConfig, wanted: Widths | None, multiple: int | None
+) -> tuple[GGUFTable, tuple[int, ...], list[str]]:
+    """The table of the architecture that a model is written under, the width of each layer there, and notes.
+
+    Args:
+      table: of the model's family.
+      config: of the model.
+      wanted: as `gguf_widths` of `plan_gguf`.
+      multiple: as its `width_multiple`.
+
+    Raises:
+      RequestError: widths of layers that cannot be written as they are.
+    """
+    sizes, why_not = config.intermediate_sizes, _why_not_per_layer(table, config)
+    if wanted == "per-layer" and why_not:
+        raise RequestError(
+            f"layers of different widths cannot be written as they are: {why_not}; give `gguf_widths` uniform"
+        )
+    widths = _rounded(sizes, multiple or (1 if len(set(sizes)) == 1 else BLOCK))
+    if len(set(widths)) == 1:
+        return table, widths, []
+    if wanted != "uniform" and table.per_layer and not why_not:
+        return table.per_layer, widths, []
+    reason = f" ({why_not})" if why_not else ""
+    note = (
+        f"layers of {min(sizes)} to {max(sizes)} neurons were all filled up to {max(widths)} with zero neurons{reason}"
+    )
+    return table, (max(widths),) * len(widths), [note]
+
+
+def write_gguf(
+    checkpoint: Checkpoint,
+    plan: GGUFPlan,
+    path: pathlib.Path,
+    fields: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a GGUF file, with a few tensors in memory.
+
+    Args:
+      checkpoint: the model.
+      plan: made for it.
+      path: the file to write.
+      fields: further metadata, and what is to replace those of the plan.
+      progress: called with what is being done, the bytes done and the bytes in all.
+
+    Raises:
+      RequestError: weights too large for their type.
+      OperationError: weights that cannot be read; NaN or Inf.
+      OSError: the disk refuses.
+    """
+    done, total = 0, plan.nbytes
+
+    def written(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress("writing GGUF", done, total)
+
+    write_file(path, {**plan.fields, **(fields or {})}, plan.tensors, _data(checkpoint, plan), written)
+
+
+# -------------------------------------------------------------------------------------------------------- choices
+
+
+def _rounded(sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
+    return tuple(-(-size // multiple) * multiple for size in sizes)
+
+
+def _why_not_per_layer(table: GGUFTable, config: ModelConfig) -> str | None:
+    if table.per_layer is None:
+        return f"llama.cpp's architecture {table.architecture!r} has one width for all layers"
+    name = table.per_layer.architecture
+    if any(layer.window is not None for layer in config.attention):
+        return f"llama.cpp's architecture {name!r} has no windows"
+    return None
+
+
+def _type_of(dtype: np.dtype[Any], shape: Sequence[int], wanted: str | None) -> GGMLType:
+    if len(shape) == 1:
+        return GGMLType.F32
+    kind = next(kind for kind, of in _DTYPES.items() if of == dtype) if wanted is None else TYPES[wanted]
+    block, _ = GGML_QUANT_SIZES[kind]
+    return GGMLType.F16 if shape[-1] % block else kind
+
+
+def _type_fields(wanted: str | None, matrices: Mapping[str, GGMLType]) -> dict[str, Any]:
+    """What says how most matrices are stored, for people and for llama.cpp's own lists."""
+    kind = Counter(matrices.values()).most_common(1)[0][0] if wanted is None else TYPES[wanted]
+    version = {"general.quantization_version": gguf.GGML_QUANT_VERSION} if kind == GGMLType.Q8_0 else {}
+    return {"general.file_type": int(_FILE_TYPES[kind]), **version}
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def _data(checkpoint: Checkpoint, plan: GGUFPlan) -> Iterator[NDArray[Any]]:
+    """The bytes of all tensors in their order, in parts."""
+    names = {name.name: name for name in checkpoint.tensor_names}
+
+    def load(tensor: str) -> list[NDArray[Any]]:
+        if tensor in plan.vectors:
+            return [np.array(plan.vectors[tensor], np.float32)]
+        return [_values(checkpoint, plan, names[part.name], part) for part in plan.parts[tensor]]
+
+    def convert(piece: tuple[str, NDArray[Any]]) -> NDArray[Any]:
+        tensor, rows = piece
+        return _convert(rows, plan.tensors[tensor][0], tensor, _offset(plan.table, tensor))
+
+    def pieces() -> Iterator[tuple[str, NDArray[Any]]]:
+        for tensor, parts in zip(plan.tensors, read_ahead(load, plan.tensors), strict=True):
+            for values in parts:
+                step = max(1, _CHUNK // (values.shape[-1] if values.ndim > 1 else 1))
+                for begin in range(0, values.shape[0], step):
+                    yield tensor, values[begin : begin + step]
+
+    return read_ahead(convert, pieces())
+
+
+def _values(checkpoint: Checkpoint, plan: GGUFPlan, name: TensorName, stored: TensorName) -> NDArray[Any]:
+    """A parameter in the shape that it has in the file, in its own dtype."""
+    width = 0 if stored.neuron_axis is None else stored.shape[stored.neuron_axis]
+    values = for_file(name, checkpoint.array(name), width)
+    if name.path[-1] in plan.table.permuted:
+        config = checkpoint.config
+        values = _permuted(values, config.head_dim)
+    return values
+
+
+def _permuted(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
+    """Rows `[heads * H, ...]` of Q, K or a bias for a RoPE that pairs neighbours: i goes to 2i, i + H/2 to 2i + 1."""
+    heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _offset(table: GGUFTable, tensor: str) -> int:
+    return table.norm_offset if tensor.endswith("norm.weight") else 0
+
+
+def _convert(rows: NDArray[Any], kind: GGMLType, name: str, offset: int) -> NDArray[Any]:
+    """Values as a tensor of this type holds them."""
+    if offset:
+        rows = rows.astype(np.float32) + np.float32(offset)
+    if kind in _DTYPES:
+        dtype = _DTYPES[kind]
+        return np.ascontiguousarray(rows if rows.dtype == dtype else cast(rows, dtype, name))
+    quantised: NDArray[Any] = gguf.quants.quantize(np.asarray(rows, np.float32), kind)
+    return quantised

@@ -1,0 +1,1 @@
+"""Speed, memory and energy of models: `python -m evals.efficiency`."""

@@ -1,0 +1,1 @@
+"""What was measured, kept item by item."""

@@ -1,0 +1,1 @@
+"""A study: rows of models and sizes, baselines, tests and verdicts."""

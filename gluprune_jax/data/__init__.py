@@ -1,0 +1,1 @@
+"""Text: documents, and windows of token ids packed from them."""

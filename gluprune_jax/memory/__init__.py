@@ -1,0 +1,1 @@
+"""What fits on the devices, worked out before anything is loaded."""

@@ -1,0 +1,1 @@
+"""Which neurons and layers go, and what becomes of the rest."""

@@ -1,0 +1,355 @@
+"""How a model is pruned: criterion, allocation and compensation together."""
+
+import contextlib
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from gluprune_jax.errors import RequestError
+from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.parallel.distributed import min_over_processes
+from gluprune_jax.parallel.machine import host_memory
+from gluprune_jax.parallel.mesh import mesh_of, place, to_host
+from gluprune_jax.progress import Progress, no_progress
+from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP, by_cost, by_score, layer_costs
+from gluprune_jax.pruning.calibration import collect, gram_matrices, sensitivities
+from gluprune_jax.pruning.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.least_squares import Compensation, compensate, prune_in_order, with_down_projections
+from gluprune_jax.pruning.plan import PruningPlan, make_plan
+from gluprune_jax.pruning.scores import MLPWeights, Scores, is_data_driven, score
+from gluprune_jax.pruning.statistics import Statistics, describe_windows
+from gluprune_jax.pruning.targets import chosen_layers, target_width
+
+# Of the memory that the host has free, for Gram matrices.
+_HOST_SHARE = 0.25
+_SHORT = {"ls": "least-squares"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How neurons are chosen, and what becomes of the others' work.
+
+    Attributes:
+      criterion: a name in `CRITERIA`, or package.module:function.
+      allocation: one of `ALLOCATIONS`.
+      min_keep: the least share of its neurons that a layer keeps, where layers differ.
+      is_compensated: whether down_proj is refitted by least squares.
+      sequential: whether each layer is scored on, and fitted to, what the pruned ones before it give (but for
+        sensitivities, which are the dense model's).
+      seed: of criteria that draw random numbers.
+    """
+
+    criterion: str = "ppm"
+    allocation: str = "uniform"
+    min_keep: float = MIN_KEEP
+    is_compensated: bool = False
+    sequential: bool = False
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str, *, min_keep: float = MIN_KEEP, seed: int = 0) -> "Method":
+        """A method as it is written in one word: "hybrid+global+least-squares+sequential", the criterion first.
+
+        Raises:
+          RequestError: another word.
+        """
+        criterion, *parts = (_SHORT.get(part, part) for part in text.split("+"))
+        find_criterion(criterion)
+        known = (*ALLOCATIONS[1:], "least-squares", "sequential")
+        if "in-order" in parts:
+            raise RequestError(f"method {text!r} has 'in-order', which is called sequential now")
+        if wrong := [part for part in parts if part not in known]:
+            raise RequestError(f"method {text!r} has {wrong[0]!r}; behind the criterion may come {', '.join(known)}")
+        allocations = [part for part in parts if part in ALLOCATIONS]
+        if len(allocations) > 1:
+            raise RequestError(f"method {text!r} has two allocations; give one")
+        allocation = allocations[0] if allocations else "uniform"
+        return cls(criterion, allocation, min_keep, "least-squares" in parts, "sequential" in parts, seed)
+
+    def __str__(self) -> str:
+        parts = [self.criterion, *[self.allocation] * (self.allocation != "uniform")]
+        return "+".join([*parts, *["least-squares"] * self.is_compensated, *["sequential"] * self.sequential])
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the criterion looks at activations."""
+        return is_data_driven(find_criterion(self.criterion)[1])
+
+    @property
+    def depends_on_order(self) -> bool:
+        """Whether pruning in order gives another model: `sensitivity` is the dense model's in any order."""
+        inputs = inputs_of(find_criterion(self.criterion)[1])
+        return self.is_compensated or not {"activation_norm", "mean_magnitude"}.isdisjoint(inputs)
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether it looks at Gram matrices of the dense model."""
+        return self.is_compensated and not self.sequential
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model must be run on calibration text, whatever statistics there are."""
+        return self.is_compensated or self.sequential or self.allocation == "measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """A choice of neurons, and the down projections that go with it (None: those of the model)."""
+
+    plan: PruningPlan
+    compensation: Compensation | None = None
+
+    def apply(self, model: Decoder) -> Decoder:
+        """The model with these down projections; `plan` is still to be masked or sliced."""
+        return model if self.compensation is None else with_down_projections(model, self.compensation.down_projs)
+
+    def record(self) -> dict[str, Any]:
+        """What a history says beside the plan."""
+        if self.compensation is not None:
+            return {"compensation": self.compensation.summary()}
+        # A plan that was made with a refit is applied without: the history must not read as if there had been one.
+        return {"compensation": None} if self.plan.is_compensated else {}
+
+
+def as_pruned(pruned: Pruned | PruningPlan) -> Pruned:
+    """A plan alone is a choice of neurons that leaves the down projections as they are."""
+    return Pruned(pruned) if isinstance(pruned, PruningPlan) else pruned
+
+
+class Chooser:
+    """Scores a model once, for any number of methods and targets.
+
+    Args:
+      model: the dense model; may be abstract where only its weights are looked at.
+      weights: gives the MLP matrices, layer by layer, wherever they are.
+      windows: calibration windows `[N, W]`, if there is calibration text.
+      names: of the texts.
+      date: that the chat template wrote into them.
+      statistics: of this model, if they were collected before.
+      refits: whether down projections will be refitted, so that one pass gives statistics and Gram matrices.
+      progress: is told what is being done.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        weights: Callable[[], Iterable[MLPWeights]],
+        *,
+        windows: NDArray[np.int32] | None = None,
+        names: Sequence[str] = (),
+        date: datetime.date | None = None,
+        statistics: Statistics | None = None,
+        refits: bool = False,
+        progress: Progress = no_progress,
+    ):
+        self._model, self._weights, self._windows, self._names = model, weights, windows, names
+        self._date = date
+        self._statistics = statistics
+        self._refits, self._progress = refits, progress
+        self._grams_on_host: list[NDArray[np.float32]] | None = None
+        self._scores: dict[tuple[str, int], Scores] = {}
+
+    def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
+        """Those of the model: given, or collected when they are first asked for; None without calibration text."""
+        if self._statistics is None and self._windows is not None:
+            kept: list[NDArray[np.float32]] | None = None
+            if self._refits and self._grams_on_host is None and self._has_room():
+                kept = []
+            with self._layers("calibrating") as on_layer:
+                self._statistics = collect(
+                    self._model,
+                    self._windows,
+                    names=self._names,
+                    date=self._date,
+                    on_layer=on_layer,
+                    on_gram=None if kept is None else lambda gram: kept.append(to_host(gram)),
+                )
+            self._grams_on_host = kept or self._grams_on_host
+        found = self._statistics
+        if found is not None and self._windows is not None:
+            ours = describe_windows(self._windows)["digest"]
+            if found.texts.get("digest") != ours:
+                raise RequestError(
+                    "`statistics` are of other text than `calibration`; give the text that they were collected on, or "
+                    "leave one of them out"
+                )
+        if found is not None and sensitivity and found.layers[0].sensitivity is None and self._windows is not None:
+            with self._progress("going back through the layers", len(self._windows), "windows") as progress:
+                values = sensitivities(self._model, self._windows, on_windows=progress)
+            layers = [dataclasses.replace(a, sensitivity=b) for a, b in zip(found.layers, values, strict=True)]
+            self._statistics = dataclasses.replace(found, layers=tuple(layers))
+        return self._statistics
+
+    def scores(self, criterion: str, seed: int = 0) -> Scores:
+        """The scores by a criterion, computed once.
+
+        Raises:
+          RequestError, OperationError: as for `scores.score`.
+        """
+        name, function = find_criterion(criterion)
+        seed = seed if "key" in inputs_of(function, name) else 0
+        if (criterion, seed) not in self._scores:
+            needed = "sensitivity" in inputs_of(function)
+            statistics = self.statistics(sensitivity=needed) if is_data_driven(function) else None
+            with self._layers("scoring neurons") as progress:
+                self._scores[criterion, seed] = score(
+                    self._model,
+                    criterion,
+                    statistics=statistics,
+                    seed=seed,
+                    weights=self._weights(),
+                    on_layer=progress,
+                )
+        return self._scores[criterion, seed]
+
+    def least_influential(self, count: int) -> list[int]:
+        """The layers to drop if `count` are: those that turn their input least (ShortGPT, arXiv 2403.03853), ascending.
+
+        Raises:
+          RequestError: there are not so many, or no statistics.
+        """
+        layers = self._model.config.num_hidden_layers
+        if not 1 <= count < layers:
+            raise RequestError(f"`drop_least` is {count}; of {layers} layers it must be 1 to {layers - 1}")
+        statistics = self.statistics()
+        if statistics is None:
+            raise RequestError("the influence of layers is that on text; give `calibration` TEXT")
+        statistics.check_fits(self._model.config)
+        influences = [layer.influence for layer in statistics.layers]
+        return sorted(np.argsort(influences, kind="stable")[:count].tolist())
+
+    def choose(self, method: Method, targets: Sequence[Mapping[str, Any]]) -> list[Pruned]:
+        """Prunes to each target by a method; what can be shared between targets is.
+
+        Args:
+          method: how.
+          targets: arguments of `make_plan`: a target, `multiple_of`, `layers`, `drop_layers`; or in place of the last
+            `drop_least`, how many layers to drop (see `least_influential`).
+
+        Raises:
+          RequestError, OperationError: as for `make_plan`, `scores.score`, `allocation` and `least_squares`.
+        """
+        counts = [target.get("drop_least") for target in targets]
+        targets = [self._naming_layers(target) for target in targets]
+        found = self._choose(method, targets)
+        return [
+            pruned if count is None else self._naming_texts(pruned) for pruned, count in zip(found, counts, strict=True)
+        ]
+
+    def _naming_layers(self, target: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A target with `drop_layers` in place of `drop_least`."""
+        others = {name: value for name, value in target.items() if name != "drop_least"}
+        count = target.get("drop_least")
+        return others if count is None else {**others, "drop_layers": self.least_influential(count)}
+
+    def _naming_texts(self, pruned: Pruned) -> Pruned:
+        """A choice of layers by their influence, with the texts that this is of."""
+        statistics = self.statistics()
+        assert statistics is not None  # the layers were found by them
+        statistics.check_fits(self._model.config, pruned.plan.fingerprint)
+        calibration = pruned.plan.calibration or dict(statistics.texts)
+        return dataclasses.replace(pruned, plan=dataclasses.replace(pruned.plan, calibration=calibration))
+
+    def _choose(self, method: Method, targets: Sequence[Mapping[str, Any]]) -> list[Pruned]:
+        scores = self.scores(method.criterion, method.seed)
+        plans = [self._plan(method, scores, target) for target in targets]
+        if method.sequential:
+            return [self._sequential(method, scores, target, plan) for target, plan in zip(targets, plans, strict=True)]
+        if method.is_compensated:
+            return self.compensated(plans)
+        return [Pruned(plan) for plan in plans]
+
+    def compensated(self, plans: Sequence[PruningPlan]) -> list[Pruned]:
+        """Refits down projections for plans, in one pass over the calibration text."""
+        with self._layers("refitting down_proj") as progress:
+            found = compensate(self._model, self._grams(), plans, on_layer=progress)
+        texts = describe_windows(self._text(), self._names, self._date)
+        return [
+            Pruned(plan.compensated_on(plan.calibration or texts), compensation)
+            for plan, compensation in zip(plans, found, strict=True)
+        ]
+
+    def _plan(self, method: Method, scores: Scores, target: Mapping[str, Any]) -> PruningPlan:
+        uniform = make_plan(scores, **target)
+        if method.allocation == "uniform":
+            return uniform
+        chosen = chosen_layers(len(scores.values), target.get("layers"), target.get("drop_layers", ()))
+        sizes = [scores.intermediate_sizes[i] for i in chosen]
+        multiple_of = target.get("multiple_of", 1)
+        share = {key: value for key, value in target.items() if key in ("expansion_ratio", "prune_percent", "width")}
+        if not share:
+            raise RequestError(f"`allocation` {method.allocation} divides a width over the layers; give one")
+        budget = sum(target_width(size, scores.hidden_size, **share) for size in sizes)
+        about: dict[str, Any] = {"method": method.allocation, "floor": method.min_keep}
+        if method.allocation == "global":
+            values = [scores.values[i] for i in chosen]
+            found = by_score(values, budget, min_keep=method.min_keep, multiple_of=multiple_of)
+        else:
+            with self._layers("measuring layers") as progress:
+                grams = self._grams() if method.is_compensated else None
+                costs = layer_costs(self._model, self._text(), uniform, grams=grams, on_layer=progress)
+            found = by_cost(
+                [costs[i] for i in chosen], sizes, budget, min_keep=method.min_keep, multiple_of=multiple_of
+            )
+            about["costs"] = [round(cost, 6) for cost in costs]
+            if scores.calibration is None:
+                scores = dataclasses.replace(
+                    scores, calibration=describe_windows(self._text(), self._names, self._date)
+                )
+        widths = list(scores.intermediate_sizes)
+        for i, width in zip(chosen, found, strict=True):
+            widths[i] = width
+        return make_plan(scores, **target, widths=widths, allocation=about)
+
+    def _sequential(self, method: Method, scores: Scores, target: Mapping[str, Any], plan: PruningPlan) -> Pruned:
+        needs = method.needs_statistics
+        with self._layers("pruning layers in order") as progress:
+            values, compensation = prune_in_order(
+                self._model,
+                self._text(),
+                method.criterion,
+                plan.widths,
+                statistics=self.statistics() if needs else None,
+                is_compensated=method.is_compensated,
+                seed=method.seed,
+                on_layer=progress,
+            )
+        texts = describe_windows(self._text(), self._names, self._date)
+        scores = dataclasses.replace(scores, values=values, calibration=texts)
+        plan = make_plan(scores, **target, widths=plan.widths, allocation=plan.request.get("allocation"))
+        plan = dataclasses.replace(plan, request={**plan.request, "in_order": True})
+        return Pruned(plan.compensated_on(texts), compensation) if method.is_compensated else Pruned(plan)
+
+    def _grams(self) -> Iterator[Array]:
+        """The Gram matrices of the layers, computed once if the host has room for them."""
+        if self._grams_on_host is not None:
+            mesh = mesh_of(self._model)
+            yield from (place(mesh, gram, "neurons", None) for gram in self._grams_on_host)
+            return
+        kept: list[NDArray[np.float32]] | None = [] if self._has_room() else None
+        for gram in gram_matrices(self._model, self._text()):
+            if kept is not None:
+                kept.append(to_host(gram))
+            yield gram
+        self._grams_on_host = kept
+
+    def _has_room(self) -> bool:
+        """Whether the Gram matrices fit into the memory of every process's host."""
+        size = sum(4 * width * width for width in self._model.config.stored_intermediate_sizes)
+        return size <= min_over_processes(host_memory()) * _HOST_SHARE
+
+    def _text(self) -> NDArray[np.int32]:
+        if self._windows is None:
+            raise RequestError("this needs the model to run on text; give `calibration` TEXT")
+        return self._windows
+
+    @contextlib.contextmanager
+    def _layers(self, what: str) -> Iterator[Callable[[int], None]]:
+        """Progress over layers: what it gives is called with the index of each that is done."""
+        with self._progress(what, self._model.config.num_hidden_layers, "layers") as report:
+            yield lambda i: report(i + 1)

@@ -1,0 +1,343 @@
+"""Scores the neurons of a whole model by a criterion (`gluprune_jax.pruning.criteria`), and selects among them."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
+from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.parallel.mesh import mesh_of, place, use_mesh
+from gluprune_jax.parallel.sharding import constrain
+from gluprune_jax.pruning.criteria import (
+    CRITERIA,
+    STATISTICS,
+    WEIGHT_CRITERIA,
+    WEIGHTS,
+    Criterion,
+    find_criterion,
+    inputs_of,
+    peak_to_peak,
+)
+from gluprune_jax.pruning.mixture import MixtureSizes, mlp_names
+from gluprune_jax.pruning.statistics import LayerStatistics, Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The importance of every neuron of a model; plans of any width are made from it.
+
+    Attributes:
+      criterion: the name of the criterion.
+      values: for each layer `[F]` float32, higher is more important.
+      hidden_size: D, which turns an expansion ratio into a width.
+      weights_dtype: dtype of the weights that were scored ("mixed" if there are several).
+      fingerprint: identifies the MLP weights that were scored (see `score`).
+      calibration: what the statistics are of, where the criterion looked at any.
+      experts: of a mixture of experts how many each layer has (0: it is dense); `values` are then of each MLP, not of
+        each layer (see `gluprune_jax.pruning.mixture`). Empty for any other model.
+    """
+
+    criterion: str
+    values: tuple[NDArray[np.float32], ...]
+    hidden_size: int
+    weights_dtype: str
+    fingerprint: str
+    calibration: Mapping[str, Any] | None = None
+    experts: tuple[int, ...] = ()
+
+    @property
+    def intermediate_sizes(self) -> tuple[int, ...]:
+        """F of each layer."""
+        return tuple(len(v) for v in self.values)
+
+
+class MLPWeights(NamedTuple):
+    """The matrices of one layer: gate and up `[F, D]`, down `[D, F]`, F as stored."""
+
+    gate_proj: Array
+    up_proj: Array
+    down_proj: Array
+
+
+def mlp_weights(model: Decoder) -> Iterator[MLPWeights]:
+    """The MLP matrices of a model, layer by layer."""
+    for layer in model.layers:
+        yield MLPWeights(layer.mlp.gate_proj[...], layer.mlp.up_proj[...], layer.mlp.down_proj[...])
+
+
+def score(
+    model: Decoder,
+    criterion: str | Criterion = "ppm",
+    *,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    weights: Iterable[MLPWeights] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> Scores:
+    """Scores every MLP neuron of a model.
+
+    The fingerprint is the SHA-256 of the peak-to-peak magnitudes of every gate row, up row and down column. It is the
+    same for the same weight values in any dtype, layout or sharding; it sees any training or quantisation, and equal
+    ones mean equal `ppm` scores, but a weight that is no extreme of its row can change without it.
+
+    Args:
+      model: the model; storage padding (`width_multiple`) is not scored.
+      criterion: a name in `CRITERIA`, or a function as `gluprune_jax.pruning.criteria` describes it.
+      statistics: of the same model (`calibration.collect`), for criteria that look at activations.
+      seed: of criteria that draw random numbers.
+      weights: the MLP matrices of each layer, if they are not to be taken from `model` (which may then be abstract):
+        a layer's are asked for when those before have been scored.
+      on_layer: called with the index of each layer once it is scored, for progress.
+
+    Raises:
+      RequestError: unknown criterion, one that looks at activations without statistics, or statistics of another model.
+      OperationError: NaN or Inf weights, naming the layer and the matrix.
+    """
+    name, function = find_criterion(criterion)
+    check_statistics(name, function, statistics, model)
+    matrices = mlp_weights(model) if weights is None else weights
+    widths, D = model.config.intermediate_sizes, model.config.hidden_size
+    scores = _score(name, function, matrices, widths, D, statistics, seed, mesh_of(model), on_layer)
+    if statistics is None:
+        return scores
+    statistics.check_fits(model.config, scores.fingerprint)
+    return dataclasses.replace(scores, calibration=statistics.texts if is_data_driven(function) else None)
+
+
+def score_mixture(
+    weights: Iterable[MLPWeights],
+    sizes: MixtureSizes,
+    criterion: str | Criterion = "ppm",
+    *,
+    seed: int = 0,
+    on_mlp: Callable[[int], None] | None = None,
+) -> Scores:
+    """Scores the neurons of every MLP of a mixture of experts by its weights.
+
+    Args:
+      weights: the matrices of each MLP, in the order of `gluprune_jax.pruning.mixture`.
+      sizes: of the model.
+      criterion: as for `score`, of those that look at nothing but weights.
+      seed: as for `score`.
+      on_mlp: called with the index of each MLP once it is scored, for progress.
+
+    Raises:
+      RequestError: unknown criterion, or one that looks at activations.
+      OperationError: NaN or Inf weights, naming the expert and the matrix.
+    """
+    name, function = find_criterion(criterion)
+    if is_data_driven(function):
+        raise RequestError(
+            f"criterion {name!r} looks at activations, and a mixture of experts is pruned without running it; give a "
+            f"criterion of weights alone, such as {', '.join(WEIGHT_CRITERIA)}"
+        )
+    where, D = mlp_names(sizes.experts).__getitem__, sizes.hidden_size
+    scores = _score(name, function, weights, sizes.mlp_sizes, D, None, seed, None, on_mlp, where)
+    return dataclasses.replace(scores, experts=sizes.experts)
+
+
+def _score(
+    name: str,
+    function: Criterion,
+    matrices: Iterable[MLPWeights],
+    widths: Sequence[int],
+    hidden_size: int,
+    statistics: Statistics | None,
+    seed: int,
+    mesh: Mesh | None,
+    on_mlp: Callable[[int], None] | None,
+    where: Callable[[int], str] = "layer {}".format,
+) -> Scores:
+    digest, values, dtypes = hashlib.sha256(), [], set()
+    for i, (mlp, width) in enumerate(zip(matrices, widths, strict=True)):
+        _digest_mlp(digest, where(i), mlp, width, mesh)
+        observed = None if statistics is None else statistics.layers[i]
+        values.append(score_neurons(name, function, i, mlp, width, observed, seed, mesh, where(i)))
+        dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
+        if on_mlp:
+            on_mlp(i)
+    return Scores(
+        criterion=name,
+        values=tuple(values),
+        hidden_size=hidden_size,
+        weights_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        fingerprint=f"sha256:{digest.hexdigest()}",
+    )
+
+
+def is_data_driven(function: Criterion) -> bool:
+    """Whether a criterion looks at activations."""
+    return not set(STATISTICS).isdisjoint(inputs_of(function))
+
+
+def check_statistics(name: str, function: Criterion, statistics: Statistics | None, model: Decoder) -> None:
+    """Makes sure that a criterion has the statistics that it looks at.
+
+    Raises:
+      RequestError: it has not, or they are of another model.
+    """
+    if not is_data_driven(function):
+        return
+    if statistics is None:
+        raise RequestError(f"criterion {name!r} looks at activations; give `calibration` TEXT or `statistics` FILE")
+    statistics.check_fits(model.config)
+    if "sensitivity" in inputs_of(function) and any(layer.sensitivity is None for layer in statistics.layers):
+        raise RequestError(
+            f"criterion {name!r} looks at the sensitivity of the loss, which these statistics lack; "
+            f"collect them with `criterion` taylor, or give `calibration` TEXT too"
+        )
+
+
+def score_neurons(
+    name: str,
+    function: Criterion,
+    layer: int,
+    mlp: MLPWeights,
+    width: int,
+    statistics: LayerStatistics | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    where: str = "",
+) -> NDArray[np.float32]:
+    """The scores `[F]` float32 of one layer's neurons.
+
+    Args:
+      name: of the criterion, for errors.
+      function: the criterion.
+      layer: its index.
+      mlp: its weights.
+      width: F without storage padding.
+      statistics: of the layer.
+      seed: of criteria that draw random numbers.
+      mesh: that the weights lie on.
+      where: what errors call it; "layer 3" by default.
+
+    Raises:
+      OperationError: the criterion does not give a finite number for each neuron.
+    """
+    stored, where = mlp.gate_proj.shape[0], where or f"layer {layer}"
+
+    def value(parameter: str) -> Array:
+        if parameter in WEIGHTS:
+            weight: Array = getattr(mlp, f"{parameter}_proj")
+            return weight
+        if parameter == "key":
+            return jax.random.fold_in(jax.random.key(seed), layer)
+        values = np.pad(np.asarray(getattr(statistics, parameter), np.float32), (0, stored - width))
+        return cast("Array", place(mesh, values, "neurons"))
+
+    inputs = [value(parameter) for parameter in inputs_of(function)]
+    try:
+        with use_mesh(mesh):
+            scores = np.asarray(score_layer(function, *inputs))
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error) or function in CRITERIA.values():
+            raise
+        first_line = next(iter(str(error).splitlines()), "")
+        raise OperationError(f"criterion {name!r} failed: {type(error).__name__}: {first_line}") from error
+    if scores.shape != (stored,) or not np.isrealobj(scores):
+        raise OperationError(
+            f"criterion {name!r} gave {where} {scores.dtype} scores of shape {scores.shape}, not {stored} numbers"
+        )
+    with np.errstate(over="ignore"):
+        scores = scores.astype(np.float32)
+    if wrong := int((~np.isfinite(scores[:width])).sum()):
+        raise OperationError(f"criterion {name!r} gave {where} {wrong} scores that are not finite numbers")
+    return scores[:width]
+
+
+def fingerprint(
+    model: Decoder,
+    *,
+    weights: Iterable[MLPWeights] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> str:
+    """Identifies the MLP weights of a model by their extremes; for this and the arguments see `score`.
+
+    Raises:
+      OperationError: NaN or Inf weights, naming the layer and the matrix.
+    """
+    matrices = mlp_weights(model) if weights is None else weights
+    return _fingerprint(matrices, model.config.intermediate_sizes, mesh_of(model), on_layer)
+
+
+def mixture_fingerprint(
+    weights: Iterable[MLPWeights], sizes: MixtureSizes, *, on_mlp: Callable[[int], None] | None = None
+) -> str:
+    """Identifies the MLP weights of a mixture of experts, as `fingerprint`; for the arguments see `score_mixture`.
+
+    Raises:
+      OperationError: NaN or Inf weights, naming the expert and the matrix.
+    """
+    return _fingerprint(weights, sizes.mlp_sizes, None, on_mlp, mlp_names(sizes.experts).__getitem__)
+
+
+def _fingerprint(
+    matrices: Iterable[MLPWeights],
+    widths: Sequence[int],
+    mesh: Mesh | None,
+    on_mlp: Callable[[int], None] | None,
+    where: Callable[[int], str] = "layer {}".format,
+) -> str:
+    digest = hashlib.sha256()
+    for i, (mlp, width) in enumerate(zip(matrices, widths, strict=True)):
+        _digest_mlp(digest, where(i), mlp, width, mesh)
+        if on_mlp:
+            on_mlp(i)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _digest_mlp(digest: "hashlib._Hash", where: str, mlp: MLPWeights, width: int, mesh: Mesh | None) -> None:
+    with use_mesh(mesh):
+        finite, extents = mlp_extents(*mlp)
+    if not all(np.asarray(finite)):
+        bad = [name for name, ok in zip(mlp._fields, np.asarray(finite), strict=True) if not ok]
+        raise OperationError(f"{where} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked")
+    digest.update(np.asarray(extents, "<f4")[:, :width].tobytes())
+
+
+# Padding neurons are scored like others and cut off on the host: cut off here, divided weights would have to move.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_layer(function: Criterion, *inputs: Array) -> Array:
+    """The scores `[F]` of a layer's neurons as stored, whole on every device; each device scores its own neurons.
+
+    `inputs` are those of the criterion, in the order of its parameters.
+    """
+    return constrain(function(*inputs))
+
+
+@jax.jit
+def mlp_extents(gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+    """Whether each matrix is finite, `[3]`; the peak-to-peak magnitudes of its neurons, `[3, F]` float32."""
+    chex.assert_shape(up, gate.shape)
+    chex.assert_shape(down, gate.shape[::-1])
+    # Whether a matrix is finite is asked of the weights themselves: a float32 maximum may drop a NaN.
+    finite = jnp.stack([jnp.isfinite(w).all() for w in (gate, up, down)])
+    extents = jnp.stack([peak_to_peak(gate), peak_to_peak(up), peak_to_peak(down, axis=0)])
+    return constrain(finite), constrain(extents)
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+def select_neurons(scores: Sequence[float] | NDArray[np.float32], width: int) -> NDArray[np.int32]:
+    """Indices of the `width` highest of `scores [F]`, ascending; among equal scores the lower index is kept.
+
+    Selections from the same scores are nested: a smaller one is a subset of a larger one.
+    """
+    values = np.asarray(scores, np.float32)
+    chex.assert_rank(values, 1)
+    order = np.argsort(-values, kind="stable")
+    return cast("NDArray[np.int32]", np.sort(order[:width]).astype(np.int32))
