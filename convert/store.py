@@ -6,7 +6,7 @@ An output folder is a Hugging Face folder that stock `transformers` loads, an Or
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from convert.gguf.quantize import quantize_into
 from convert.gguf.writer import GGUFPlan, write_gguf
 from convert.huggingface.folder import write_assets, write_huggingface
 from convert.huggingface.mixture import MixtureCheckpoint
+from convert.huggingface.one_pass import write_pruned, write_pruned_mixture
 from convert.huggingface.streamed import StreamedCheckpoint
 from convert.orbax import save_orbax
 from convert.output import (
@@ -28,6 +29,7 @@ from convert.output import (
     parse_formats,
     shared_stage,
     staged_gguf,
+    staged_model,
 )
 from convert.sources import open_source
 from gluprune_jax.errors import RequestError
@@ -36,6 +38,8 @@ from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_errors
 from gluprune_jax.parallel.mesh import mesh_of
+from gluprune_jax.pruning.one_pass import Choice
+from gluprune_jax.pruning.plan import PruningPlan
 
 
 def load(
@@ -165,6 +169,46 @@ def save(
             for name, content in files.items():
                 (folder / name).write_bytes(content)
     return () if plan is None else plan.notes
+
+
+def save_pruned(
+    checkpoint: StreamedCheckpoint | MixtureCheckpoint,
+    choice: Choice,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    extra_files: Callable[[Checkpoint | MixtureCheckpoint, PruningPlan], Mapping[str, str]] | None = None,
+    pad_to: int = 1,
+    progress: Progress | None = None,
+) -> tuple[Checkpoint | MixtureCheckpoint, PruningPlan]:
+    """Prunes from file to file: chooses neurons and writes them as a Hugging Face folder, whole or not at all.
+
+    The model's files are read once; scoring, `pruned` and `save` read its MLPs twice, and write the same bits.
+
+    Args:
+      checkpoint: the dense model, whose weights are in their files (see `can_read_once`).
+      choice: of its neurons: `gluprune_jax.pruning.one_pass.Ranking` or `Replay`.
+      output, overwrite, pad_to, progress: as for `save`.
+      extra_files: gives text files to put beside the weights, by name, of the pruned model and the plan.
+
+    Returns:
+      The pruned model and the plan.
+
+    Raises:
+      RequestError, OperationError: as `save`; also a plan or statistics of other weights, for which nothing is left
+        behind either.
+    """
+    check_padding(pad_to, ["hf"])
+    check_format(output, ["hf"])
+    with staged_model(Path(output), overwrite=overwrite) as folder:
+        pruned: Checkpoint | MixtureCheckpoint
+        if isinstance(checkpoint, MixtureCheckpoint):
+            pruned, plan = write_pruned_mixture(checkpoint, choice, folder, progress)
+        else:
+            pruned, plan = write_pruned(checkpoint, choice, folder, progress, pad_to=pad_to)
+        for name, text in (extra_files(pruned, plan) if extra_files else {}).items():
+            (folder / name).write_bytes(text.encode())
+    return pruned, plan
 
 
 def _write_gguf(

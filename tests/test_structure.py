@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("gluprune_jax", "convert", "evals")
-COMMANDS = {"gluprune_jax/prune.py", "gluprune_jax/recover.py", "convert/__main__.py", "evals/__main__.py"}
+COMMANDS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gluprune_jax/prune").glob("*.py")}
+COMMANDS |= {"gluprune_jax/recover.py", "convert/__main__.py", "evals/__main__.py"}
 COMMANDS |= {"evals/compare.py", "evals/sweep.py", "evals/lm_eval_command.py"}
 COMMANDS |= {"evals/efficiency/__main__.py", "evals/report/__main__.py"}
 SHARED = {"gluprune_jax/__init__.py", "gluprune_jax/errors.py", "gluprune_jax/progress.py"}

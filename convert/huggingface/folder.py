@@ -192,16 +192,41 @@ def write_huggingface(
 ) -> None:
     """Writes `config.json`, safetensors and the assets into an existing folder, for stock `transformers`.
 
-    Storage padding is stripped. All layers have one width in the files, because a Hugging Face config holds one
-    `intermediate_size`: that of the widest, rounded up to a multiple of `pad_to`. What a layer lacks is filled up with
-    neurons of zeros, which change nothing, and which reading the folder takes away.
-
     Call it on every process: all of them gather what is spread over them, tensor by tensor, and the first one writes.
 
     Raises:
       OperationError: the disk refuses.
     """
-    config = checkpoint.config
+    write_weights_of(checkpoint, folder, progress, pad_to=pad_to)
+    if is_main():
+        write_assets(checkpoint, folder, pad_to)
+
+
+def write_weights_of(
+    checkpoint: Checkpoint,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    pad_to: int = 1,
+    array: Callable[[TensorName], jax.Array] | None = None,
+) -> None:
+    """Writes the safetensors of `write_huggingface`.
+
+    Storage padding is stripped. All layers have one width in the files, because a Hugging Face config holds one
+    `intermediate_size`: that of the widest, rounded up to a multiple of `pad_to`. What a layer lacks is filled up with
+    neurons of zeros, which change nothing, and which reading the folder takes away.
+
+    Args:
+      checkpoint: the model.
+      folder: an existing one.
+      progress: called with what is being done, the bytes done and the bytes in all.
+      pad_to: the width in the files is a multiple of this.
+      array: gives each tensor once, in our shape; by default `checkpoint.array`.
+
+    Raises:
+      OperationError: the disk refuses.
+    """
+    config, array = checkpoint.config, array or checkpoint.array
     width = file_width(config.intermediate_sizes, pad_to)
     arrays = parameters_of(checkpoint.model)
     names = grouped(checkpoint.tensor_names, "hf")
@@ -213,7 +238,7 @@ def write_huggingface(
 
     def values(hf: str) -> NDArray[Any]:
         remaining.pop(hf)
-        fused = [for_file(name, checkpoint.array(name), width) for name in names[hf]]
+        fused = [for_file(name, array(name), width) for name in names[hf]]
         return fused[0] if len(fused) == 1 else np.concatenate(fused)
 
     def gather_the_rest() -> None:
@@ -228,7 +253,6 @@ def write_huggingface(
     except Exception:  # an interrupted process leaves at once instead
         gather_the_rest()  # the others wait for this one to take part
         raise
-    write_assets(checkpoint, folder, pad_to)
 
 
 def write_weights(

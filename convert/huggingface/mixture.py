@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class MixtureCheckpoint:
         """Of all weights."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors().values())
 
-    def mlp_weights(self) -> Iterator[MLPWeights]:
+    def mlp_weights(self) -> Generator[MLPWeights]:
         """Reads the matrices of one MLP after the other."""
         places = self._places()
         wanted = [name for names in self.config.mlps for name in names]
@@ -107,10 +107,30 @@ class MixtureCheckpoint:
           OperationError: the disk refuses, or the model's files cannot be read, have changed, or have NaN or Inf.
           RequestError: values too large for the dtype they are cast to.
         """
-        tensors, places = self.tensors(), self._places()
-        write_weights(folder, tensors, lambda name: self._values(name, places), progress)
-        dtype, _ = tensors["model.embed_tokens.weight"]
+        places = self._places()
+        self.write_weights(folder, progress, lambda name: self._values(name, places))
+        self.write_assets(folder)
+
+    def write_weights(self, folder: Path, progress: Progress | None, values: Callable[[str], NDArray[Any]]) -> None:
+        """Writes the safetensors of `write`; `values` gives each tensor once, by its name."""
+        write_weights(folder, self.tensors(), values, progress)
+
+    def write_assets(self, folder: Path) -> None:
+        """Writes what `write` does beside the weights."""
+        dtype, _ = self.tensors()["model.embed_tokens.weight"]
         write_texts(folder, write_mixture_config(self.config, self.sizes, dtype), self.history, self.assets)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Reads one tensor as it is in the files, cast to `dtype`.
+
+        Raises:
+          OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
+          RequestError: values too large for the dtype they are cast to.
+        """
+        values = read_tensor(self.stored[name])
+        if self.dtype is not None and self.dtype != values.dtype:
+            values = cast(values, self.dtype, self.stored[name].where)
+        return values
 
     def _places(self) -> dict[str, tuple[int, int]]:
         """For each matrix of an MLP that MLP's index and the axis that counts its neurons, by name."""
@@ -121,10 +141,8 @@ class MixtureCheckpoint:
         }
 
     def _values(self, name: str, places: Mapping[str, tuple[int, int]]) -> NDArray[Any]:
-        """Reads one tensor."""
-        values = read_tensor(self.stored[name])
-        if self.dtype is not None and self.dtype != values.dtype:
-            values = cast(values, self.dtype, self.stored[name].where)
+        """What is kept of one tensor."""
+        values = self.read(name)
         if self.kept is None or name not in places:
             return values
         i, axis = places[name]

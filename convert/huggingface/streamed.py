@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -87,7 +87,7 @@ class StreamedCheckpoint(Checkpoint):
         sliced: jax.Array = slice_neurons(name.neuron_axis, 0, array, kept)
         return sliced
 
-    def mlp_weights(self) -> Iterator[MLPWeights]:
+    def mlp_weights(self) -> Generator[MLPWeights]:
         """Reads the MLP matrices of one layer after the other."""
         names = {name.path: name for name in self.tensor_names}
         layers = range(self.config.num_hidden_layers)

@@ -230,7 +230,7 @@ def prune_in_order(
       RequestError, OperationError: as for `compensate` and `scores.score`.
     """
     name, function = find_criterion(criterion)
-    check_statistics(name, function, statistics, model)
+    check_statistics(name, function, statistics, model.config)
     mesh, stream = mesh_of(model), Stream(model, windows, batch_tokens=batch_tokens)
     values, downs, fits = [], [], []
     for i, (mlp, size) in enumerate(zip(mlp_weights(model), model.config.intermediate_sizes, strict=True)):

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from gluprune_jax.models.config import ModelConfig
+
 T = TypeVar("T")
 
 
@@ -55,6 +57,13 @@ class MixtureSizes:
             intermediate_sizes=of_each_layer(self.experts, sizes),
             num_parameters=self.num_parameters - 3 * self.hidden_size * removed,
         )
+
+
+def mlp_sizes(sizes: ModelConfig | MixtureSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """F of each MLP of a model, and how many experts each layer has; of a dense model there are none of the latter."""
+    if isinstance(sizes, MixtureSizes):
+        return sizes.mlp_sizes, sizes.experts
+    return sizes.intermediate_sizes, ()
 
 
 def of_each_mlp(experts: Sequence[int], values: Iterable[T]) -> tuple[T, ...]:

@@ -43,6 +43,7 @@ from gluprune_jax.pruning.mixture import (
     MixtureSizes,
     expert_size,
     mlp_names,
+    mlp_sizes,
     of_each_layer,
     of_each_mlp,
     positions,
@@ -213,7 +214,7 @@ class PruningPlan:
           RequestError: other layer widths, another hidden size or another fingerprint; a mixture of experts where
             the other is none.
         """
-        sizes, experts = _mlp_sizes_of(config)
+        sizes, experts = mlp_sizes(config)
         if (self.intermediate_sizes, self.hidden_size, self.experts) != (sizes, config.hidden_size, experts):
             raise RequestError(
                 f"the plan was made for {_describe(self.intermediate_sizes, self.hidden_size, self.experts)}; "
@@ -466,16 +467,25 @@ def _mlp_targets(scores: Scores, given: Mapping[str, Any], multiple_of: int, rou
     ]
 
 
+def blank_plan(config: ModelConfig | MixtureSizes, **target: Any) -> PruningPlan:
+    """A plan with the widths of a target and any neurons, before anything is scored.
+
+    Raises:
+      RequestError: as `make_plan`.
+    """
+    sizes, experts = mlp_sizes(config)
+    values = tuple(np.zeros(size, np.float32) for size in sizes)
+    return make_plan(Scores("", values, config.hidden_size, "", "", experts=experts), **target)
+
+
 def check_targets(config: ModelConfig | MixtureSizes, targets: Sequence[Mapping[str, Any]]) -> None:
     """Refuses targets that a model cannot be pruned to, before anything is scored.
 
     Raises:
       RequestError: as `make_plan`.
     """
-    sizes, experts = _mlp_sizes_of(config)
-    blank = tuple(np.zeros(size, np.float32) for size in sizes)
     for target in targets:
-        make_plan(Scores("", blank, config.hidden_size, "", "", experts=experts), **target)
+        blank_plan(config, **target)
 
 
 def _check_target(target: int, width: int, size: int, hidden_size: int, where: str, multiple_of: int) -> None:
@@ -497,13 +507,6 @@ def _check_target(target: int, width: int, size: int, hidden_size: int, where: s
             f"a width of {width} would {verb} {where}, which has {size} neurons (expansion ratio "
             f"{size / hidden_size:.4g}); ask for fewer neurons"
         )
-
-
-def _mlp_sizes_of(config: ModelConfig | MixtureSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """F of each layer or MLP, and the experts of the layers."""
-    if isinstance(config, MixtureSizes):
-        return config.mlp_sizes, config.experts
-    return config.intermediate_sizes, ()
 
 
 def _places(experts: Sequence[int], count: int) -> list[dict[str, int]]:

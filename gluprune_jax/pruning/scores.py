@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
+from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import mesh_of, place, use_mesh
 from gluprune_jax.parallel.sharding import constrain
@@ -28,7 +29,7 @@ from gluprune_jax.pruning.criteria import (
     inputs_of,
     peak_to_peak,
 )
-from gluprune_jax.pruning.mixture import MixtureSizes, mlp_names
+from gluprune_jax.pruning.mixture import MixtureSizes, mlp_names, mlp_sizes
 from gluprune_jax.pruning.statistics import LayerStatistics, Statistics
 
 
@@ -103,15 +104,8 @@ def score(
       RequestError: unknown criterion, one that looks at activations without statistics, or statistics of another model.
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
-    name, function = find_criterion(criterion)
-    check_statistics(name, function, statistics, model)
-    matrices = mlp_weights(model) if weights is None else weights
-    widths, D = model.config.intermediate_sizes, model.config.hidden_size
-    scores = _score(name, function, matrices, widths, D, statistics, seed, mesh_of(model), on_layer)
-    if statistics is None:
-        return scores
-    statistics.check_fits(model.config, scores.fingerprint)
-    return dataclasses.replace(scores, calibration=statistics.texts if is_data_driven(function) else None)
+    scorer = Scorer(model.config, criterion, statistics=statistics, seed=seed, mesh=mesh_of(model))
+    return _scored(scorer, mlp_weights(model) if weights is None else weights, on_layer)
 
 
 def score_mixture(
@@ -135,44 +129,94 @@ def score_mixture(
       RequestError: unknown criterion, or one that looks at activations.
       OperationError: NaN or Inf weights, naming the expert and the matrix.
     """
-    name, function = find_criterion(criterion)
-    if is_data_driven(function):
-        raise RequestError(
-            f"criterion {name!r} looks at activations, and a mixture of experts is pruned without running it; give a "
-            f"criterion of weights alone, such as {', '.join(WEIGHT_CRITERIA)}"
-        )
-    where, D = mlp_names(sizes.experts).__getitem__, sizes.hidden_size
-    scores = _score(name, function, weights, sizes.mlp_sizes, D, None, seed, None, on_mlp, where)
-    return dataclasses.replace(scores, experts=sizes.experts)
+    return _scored(Scorer(sizes, criterion, seed=seed), weights, on_mlp)
 
 
-def _score(
-    name: str,
-    function: Criterion,
-    matrices: Iterable[MLPWeights],
-    widths: Sequence[int],
-    hidden_size: int,
-    statistics: Statistics | None,
-    seed: int,
-    mesh: Mesh | None,
-    on_mlp: Callable[[int], None] | None,
-    where: Callable[[int], str] = "layer {}".format,
-) -> Scores:
-    digest, values, dtypes = hashlib.sha256(), [], set()
-    for i, (mlp, width) in enumerate(zip(matrices, widths, strict=True)):
-        _digest_mlp(digest, where(i), mlp, width, mesh)
-        observed = None if statistics is None else statistics.layers[i]
-        values.append(score_neurons(name, function, i, mlp, width, observed, seed, mesh, where(i)))
-        dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
+def _scored(scorer: "Scorer", matrices: Iterable[MLPWeights], on_mlp: Callable[[int], None] | None) -> Scores:
+    for i, (mlp, _) in enumerate(zip(matrices, scorer.widths, strict=True)):
+        scorer.add(mlp)
         if on_mlp:
             on_mlp(i)
-    return Scores(
-        criterion=name,
-        values=tuple(values),
-        hidden_size=hidden_size,
-        weights_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
-        fingerprint=f"sha256:{digest.hexdigest()}",
-    )
+    return scorer.scores()
+
+
+class Scorer:
+    """Scores the MLPs of a model one after the other, each as soon as it is there.
+
+    Args:
+      sizes: of the model; storage padding is not scored.
+      criterion: as for `score`; of a mixture of experts one that looks at nothing but weights.
+      statistics: as for `score`.
+      seed: as for `score`.
+      mesh: that the weights lie on.
+
+    Attributes:
+      widths: F of each MLP, without storage padding.
+
+    Raises:
+      RequestError: unknown criterion, one that looks at activations without statistics, or statistics of another model.
+    """
+
+    def __init__(
+        self,
+        sizes: ModelConfig | MixtureSizes,
+        criterion: str | Criterion = "ppm",
+        *,
+        statistics: Statistics | None = None,
+        seed: int = 0,
+        mesh: Mesh | None = None,
+    ):
+        self._name, self._function = find_criterion(criterion)
+        if not isinstance(sizes, MixtureSizes):
+            check_statistics(self._name, self._function, statistics, sizes)
+        elif is_data_driven(self._function):
+            raise RequestError(
+                f"criterion {self._name!r} looks at activations, and a mixture of experts is pruned without running "
+                f"it; give a criterion of weights alone, such as {', '.join(WEIGHT_CRITERIA)}"
+            )
+        self._sizes, self._statistics, self._seed, self._mesh = sizes, statistics, seed, mesh
+        self.widths, self._experts = mlp_sizes(sizes)
+        self._fingerprinter = Fingerprinter(sizes, mesh=mesh)
+        self._values: list[NDArray[np.float32]] = []
+        self._dtypes: set[str] = set()
+
+    def add(self, mlp: MLPWeights) -> NDArray[np.float32]:
+        """The scores `[F]` of the next MLP's neurons.
+
+        Raises:
+          OperationError: NaN or Inf weights, naming the layer or expert and the matrix; a criterion that does not give
+            a finite number for each neuron.
+        """
+        i = len(self._values)
+        where = self._fingerprinter.add(mlp)
+        observed = None if self._statistics is None else self._statistics.layers[i]
+        values = score_neurons(
+            self._name, self._function, i, mlp, self.widths[i], observed, self._seed, self._mesh, where
+        )
+        self._values.append(values)
+        self._dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
+        return values
+
+    def scores(self) -> Scores:
+        """Those of the whole model, once each of its MLPs was added.
+
+        Raises:
+          RequestError: the statistics are of other weights.
+        """
+        assert len(self._values) == len(self.widths)
+        fingerprint, texts = self._fingerprinter.fingerprint, None
+        if self._statistics is not None and isinstance(self._sizes, ModelConfig):
+            self._statistics.check_fits(self._sizes, fingerprint)
+            texts = self._statistics.texts if is_data_driven(self._function) else None
+        return Scores(
+            criterion=self._name,
+            values=tuple(self._values),
+            hidden_size=self._sizes.hidden_size,
+            weights_dtype=next(iter(self._dtypes)) if len(self._dtypes) == 1 else "mixed",
+            fingerprint=fingerprint,
+            calibration=texts,
+            experts=self._experts,
+        )
 
 
 def is_data_driven(function: Criterion) -> bool:
@@ -180,7 +224,7 @@ def is_data_driven(function: Criterion) -> bool:
     return not set(STATISTICS).isdisjoint(inputs_of(function))
 
 
-def check_statistics(name: str, function: Criterion, statistics: Statistics | None, model: Decoder) -> None:
+def check_statistics(name: str, function: Criterion, statistics: Statistics | None, config: ModelConfig) -> None:
     """Makes sure that a criterion has the statistics that it looks at.
 
     Raises:
@@ -190,7 +234,7 @@ def check_statistics(name: str, function: Criterion, statistics: Statistics | No
         return
     if statistics is None:
         raise RequestError(f"criterion {name!r} looks at activations; give `calibration` TEXT or `statistics` FILE")
-    statistics.check_fits(model.config)
+    statistics.check_fits(config)
     if "sensitivity" in inputs_of(function) and any(layer.sensitivity is None for layer in statistics.layers):
         raise RequestError(
             f"criterion {name!r} looks at the sensitivity of the loss, which these statistics lack; "
@@ -267,8 +311,8 @@ def fingerprint(
     Raises:
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
-    matrices = mlp_weights(model) if weights is None else weights
-    return _fingerprint(matrices, model.config.intermediate_sizes, mesh_of(model), on_layer)
+    fingerprinter = Fingerprinter(model.config, mesh=mesh_of(model))
+    return _fingerprinted(fingerprinter, mlp_weights(model) if weights is None else weights, on_layer)
 
 
 def mixture_fingerprint(
@@ -279,31 +323,57 @@ def mixture_fingerprint(
     Raises:
       OperationError: NaN or Inf weights, naming the expert and the matrix.
     """
-    return _fingerprint(weights, sizes.mlp_sizes, None, on_mlp, mlp_names(sizes.experts).__getitem__)
+    return _fingerprinted(Fingerprinter(sizes), weights, on_mlp)
 
 
-def _fingerprint(
-    matrices: Iterable[MLPWeights],
-    widths: Sequence[int],
-    mesh: Mesh | None,
-    on_mlp: Callable[[int], None] | None,
-    where: Callable[[int], str] = "layer {}".format,
+def _fingerprinted(
+    fingerprinter: "Fingerprinter", matrices: Iterable[MLPWeights], on_mlp: Callable[[int], None] | None
 ) -> str:
-    digest = hashlib.sha256()
-    for i, (mlp, width) in enumerate(zip(matrices, widths, strict=True)):
-        _digest_mlp(digest, where(i), mlp, width, mesh)
+    for i, (mlp, _) in enumerate(zip(matrices, fingerprinter.widths, strict=True)):
+        fingerprinter.add(mlp)
         if on_mlp:
             on_mlp(i)
-    return f"sha256:{digest.hexdigest()}"
+    return fingerprinter.fingerprint
 
 
-def _digest_mlp(digest: "hashlib._Hash", where: str, mlp: MLPWeights, width: int, mesh: Mesh | None) -> None:
-    with use_mesh(mesh):
-        finite, extents = mlp_extents(*mlp)
-    if not all(np.asarray(finite)):
-        bad = [name for name, ok in zip(mlp._fields, np.asarray(finite), strict=True) if not ok]
-        raise OperationError(f"{where} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked")
-    digest.update(np.asarray(extents, "<f4")[:, :width].tobytes())
+class Fingerprinter:
+    """Takes the fingerprint of a model's MLPs, which are added one after the other; see `score`.
+
+    Args:
+      sizes: of the model.
+      mesh: that the weights lie on.
+
+    Attributes:
+      widths: F of each MLP, without storage padding.
+    """
+
+    def __init__(self, sizes: ModelConfig | MixtureSizes, *, mesh: Mesh | None = None):
+        self.widths, experts = mlp_sizes(sizes)
+        self._names = mlp_names(experts) if experts else [f"layer {i}" for i in range(len(self.widths))]
+        self._mesh, self._digest, self._count = mesh, hashlib.sha256(), 0
+
+    def add(self, mlp: MLPWeights) -> str:
+        """Takes the next MLP into account, and returns what errors call it.
+
+        Raises:
+          OperationError: NaN or Inf weights, naming the layer or expert and the matrix.
+        """
+        where, width = self._names[self._count], self.widths[self._count]
+        with use_mesh(self._mesh):
+            finite, extents = mlp_extents(*mlp)
+        if not all(np.asarray(finite)):
+            bad = [name for name, ok in zip(mlp._fields, np.asarray(finite), strict=True) if not ok]
+            raise OperationError(
+                f"{where} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked"
+            )
+        self._digest.update(np.asarray(extents, "<f4")[:, :width].tobytes())
+        self._count += 1
+        return where
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the MLPs that were added."""
+        return f"sha256:{self._digest.hexdigest()}"
 
 
 # Padding neurons are scored like others and cut off on the host: cut off here, divided weights would have to move.

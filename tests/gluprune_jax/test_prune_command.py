@@ -550,7 +550,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     def fail(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("gluprune_jax.prune.changes", fail)
+    monkeypatch.setattr("gluprune_jax.prune.run.changes", fail)
     status, out, err = run(capsys, "--model", model, *WIDTH, "--dry-run", "--json")
     assert (status, out) == (1, "")
     assert "unexpected ZeroDivisionError: first line (--debug shows where" in err.splitlines()[-1]
@@ -575,14 +575,14 @@ def test_debug_shows_the_traceback(model: Path) -> None:
 
 KILLED = """
 import sys, time
-import convert.huggingface.folder as huggingface
+import convert.huggingface.one_pass as one_pass
 from gluprune_jax.prune import main
 
-write_assets = huggingface.write_assets
+write_assets = one_pass.write_assets
 def slow(*args):
     print("weights written", flush=True)
     time.sleep(600)
-huggingface.write_assets = slow
+one_pass.write_assets = slow
 main(sys.argv[1:])
 """
 

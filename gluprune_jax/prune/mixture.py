@@ -1,0 +1,80 @@
+"""Pruning a mixture of experts, which stays in its files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import convert
+from convert.huggingface.mixture_config import GROUPED, one_by_one
+from convert.huggingface.one_pass import can_read_once
+from convert.model_card import model_card
+from convert.store import save_pruned
+from gluprune_jax.cli import terminal
+from gluprune_jax.cli.report import FORMAT_NAMES, mixture_changes
+from gluprune_jax.prune.report import Clock, finish, push
+from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
+from gluprune_jax.pruning.one_pass import Choice, Ranking, Replay
+from gluprune_jax.pruning.plan import PruningPlan
+from gluprune_jax.pruning.targets import TARGETS, width_rounding
+
+
+def prune_mixture(request: PruneRequest, checkpoint: convert.MixtureCheckpoint, command: str) -> None:
+    """Prunes a mixture of experts as asked; `command` is what does so again.
+
+    Raises:
+      RequestError, OperationError: what cannot be done, or fails.
+    """
+    clock, sizes = Clock(), checkpoint.sizes
+    choice: Choice
+    if request.plan is None:
+        choice = Ranking(sizes, request.criterion, _target(request), seed=request.seed)
+    else:
+        choice = Replay(sizes, PruningPlan.load(request.plan))
+    if not request.json:
+        for note in checkpoint.notes:
+            terminal.note(note)
+        if slower := one_by_one(choice.blank.pruned_sizes(sizes)):
+            terminal.note(f"{slower}; --multiple-of {GROUPED} gives a width that needs no such thing")
+    writes = request.output is not None and not request.dry_run
+    report: dict[str, Any] = {}
+
+    def files(pruned: Any, plan: PruningPlan) -> Mapping[str, str]:
+        num_bytes = {"before": checkpoint.num_bytes, "after": pruned.num_bytes}
+        report.update(model=request.model, formats=["hf"], **mixture_changes(sizes, num_bytes, plan))
+        written = {FORMAT_NAMES["hf"]: (num_bytes["before"], num_bytes["after"])}
+        return {"README.md": model_card(pruned, sizes, None, command, sizes=written), PLAN_FILE: plan.to_json()}
+
+    if writes and can_read_once(checkpoint):
+        with terminal.byte_progress() as progress:
+            _, plan = save_pruned(
+                checkpoint,
+                choice,
+                str(request.output),
+                overwrite=request.overwrite,
+                extra_files=files,
+                progress=progress,
+            )
+        clock.lap("prune")
+    else:
+        with terminal.count_progress("scoring neurons", len(sizes.mlp_sizes), "MLPs") as scored:
+            for i, mlp in enumerate(checkpoint.mlp_weights(), start=1):
+                choice.keep(mlp)
+                scored(i)
+        plan = choice.plan()
+        pruned = checkpoint.pruned(plan)
+        beside = files(pruned, plan)
+        clock.lap("score")
+        if writes:
+            with terminal.byte_progress() as progress:
+                convert.save(
+                    pruned, str(request.output), overwrite=request.overwrite, extra_files=beside, progress=progress
+                )
+            clock.lap("save")
+    if writes:
+        report["output"] = str(request.output)
+        push(request, report)
+    finish(request, plan, report, clock)
+
+
+def _target(request: PruneRequest) -> dict[str, Any]:
+    target = {name: value for name in TARGETS if (value := getattr(request, name)) is not None}
+    return target | width_rounding(request.runtime, request.multiple_of)

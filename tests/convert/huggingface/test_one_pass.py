@@ -1,0 +1,129 @@
+"""Pruning in one pass: the same bytes as scoring first, every byte of the model read once, and nothing left if it fails."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from inspecting import contents
+from tiny_models import hf_config, hf_tensors, write_folder
+
+import convert
+from convert.huggingface.one_pass import can_read_once
+from convert.huggingface.streamed import StreamedCheckpoint
+from convert.store import save_pruned
+from gluprune_jax import make_plan, score
+from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.one_pass import Ranking, Replay
+
+CONFIG = hf_config(num_hidden_layers=4)
+TARGETS: dict[str, dict[str, Any]] = {
+    "uniform": {"prune_percent": 30},
+    "some layers": {"width": 50, "layers": [0, 2]},
+    "fewer layers": {"width": 50, "drop_layers": [1, 3]},
+    "only fewer layers": {"drop_layers": [0]},
+}
+
+
+def opened(path: Path, dtype: str | None = None) -> StreamedCheckpoint:
+    checkpoint = convert.load(path, stream=True, dtype=dtype)
+    assert isinstance(checkpoint, StreamedCheckpoint)
+    return checkpoint
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", CONFIG, shards=2)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
+def test_the_same_bytes_as_scoring_first(model: Path, tmp_path: Path, criterion: str, target: dict[str, Any]) -> None:
+    dense = opened(model, "bfloat16" if criterion == "l2" else None)
+    plan = make_plan(score(dense.model, criterion, weights=dense.mlp_weights()), **target)
+    convert.save(dense.pruned(plan), tmp_path / "scored first", pad_to=32)
+    _, found = save_pruned(dense, Ranking(dense.config, criterion, target), tmp_path / "once", pad_to=32)
+    assert found.to_json() == plan.to_json()
+    assert contents(tmp_path / "once") == contents(tmp_path / "scored first")
+    save_pruned(dense, Replay(dense.config, plan), tmp_path / "replayed", pad_to=32)
+    assert contents(tmp_path / "replayed") == contents(tmp_path / "once")
+
+
+def test_pruned_again(model: Path, tmp_path: Path) -> None:
+    """What was pruned before, in memory or in files with padding, is dense to the next pruning."""
+    dense = opened(model)
+    once, _ = save_pruned(dense, Ranking(dense.config, "ppm", {"width": 50, "layers": [0]}), tmp_path / "once")
+    read = opened(tmp_path / "once")
+    for name, checkpoint in (("files", read), ("memory", once)):
+        assert isinstance(checkpoint, StreamedCheckpoint)
+        save_pruned(checkpoint, Ranking(read.config, "ppm", {"width": 40}), tmp_path / name)
+    files, memory = contents(tmp_path / "files"), contents(tmp_path / "memory")
+    assert files.pop("gluprune_history.json") != memory.pop("gluprune_history.json")  # they name where they came from
+    assert files == memory
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("matrix", ["mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj"])
+def test_damage_anywhere_leaves_nothing(tmp_path: Path, layer: int, matrix: str) -> None:
+    tensors = hf_tensors(CONFIG)
+    tensors[f"model.layers.{layer}.{matrix}.weight"][1, 2] = np.nan
+    dense = opened(write_folder(tmp_path / "model", CONFIG, tensors))
+    target = {"width": 50, "drop_layers": [3]} if matrix.startswith("mlp") else {"width": 50}
+    with pytest.raises(OperationError, match=rf"model\.layers\.{layer}\.{matrix}\.weight has NaN or Inf"):
+        save_pruned(dense, Ranking(dense.config, "ppm", target), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_plan_for_other_weights_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    dense = opened(model)
+    plan = make_plan(score(dense.model, weights=dense.mlp_weights()), width=50)
+    other = dataclasses.replace(plan, fingerprint="sha256:" + "0" * 64)
+    with pytest.raises(RequestError, match="made for other weights"):
+        save_pruned(dense, Replay(dense.config, other), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_matrices_of_several_dtypes_are_scored_first(tmp_path: Path) -> None:
+    """Files begin with the widest elements: the narrow matrices of all layers would have to wait in memory."""
+    tensors = hf_tensors(CONFIG)
+    narrow = {name: tensor for name, tensor in hf_tensors(CONFIG, "bfloat16").items() if "up_proj" in name}
+    path = write_folder(tmp_path / "model", CONFIG, tensors | narrow)
+    assert not can_read_once(opened(path))
+    assert can_read_once(opened(path, "bfloat16"))
+
+
+COUNTED = """
+import sys
+from gluprune_jax.prune import main
+
+def counters():
+    return {key: int(value) for key, value in (line.split(": ") for line in open("/proc/self/io"))}
+
+import gluprune_jax.prune.run  # what Python itself reads
+import convert.tokenizer
+before = counters()
+status = main(sys.argv[1:])
+after = counters()
+print(after["rchar"] - before["rchar"], after["wchar"] - before["wchar"], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no bytes")
+def test_every_byte_is_read_and_written_once(tmp_path: Path) -> None:
+    config = hf_config(num_hidden_layers=8, hidden_size=512, intermediate_size=4096)
+    path = write_folder(tmp_path / "model", config)
+    argv = ["--model", str(path), "--prune-percent", "20", "--output", str(tmp_path / "out"), "--json"]
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED, *argv], capture_output=True, text=True, check=True, env=environment
+    )
+    read, written = map(int, done.stderr.splitlines()[-1].split())
+    sizes = {folder: sum(file.stat().st_size for file in (tmp_path / folder).iterdir()) for folder in ("model", "out")}
+    assert read <= 1.03 * sizes["model"]
+    assert written <= 1.01 * sizes["out"]
