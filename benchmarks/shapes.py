@@ -150,7 +150,12 @@ def write_checkpoint(folder: Path, name: str = "llama-3.2-1b") -> None:
     weight_map = {}
     for number, members in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        write_tensors(folder / file, {hf: (bfloat16, names[hf].shape) for hf in members}, values, lambda nbytes: None)
+        write_tensors(
+            folder / file,
+            {hf: (bfloat16, names[hf].shape) for hf in members},
+            lambda hf: [lambda: values(hf)],
+            lambda nbytes: None,
+        )
         weight_map |= dict.fromkeys(members, file)
     if len(files) > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

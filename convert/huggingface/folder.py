@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from convert.card_header import read_header
 from convert.checkpoint import Checkpoint, MeshChoice, Progress, abstract_weights, for_file
@@ -28,6 +27,7 @@ from convert.families.registry import FAMILIES
 from convert.huggingface.config import accepted_without_effect, file_width, read_config, stored_width, write_config
 from convert.huggingface.safetensors import (
     INDEX,
+    Piece,
     StoredTensor,
     check_dtypes,
     hold_the_same,
@@ -236,20 +236,25 @@ def write_weights_of(
     spread = any(isinstance(array, jax.Array) and not is_local(array) for array in arrays.values())
     remaining = dict.fromkeys(hf for part in files.values() for hf in write_order(part))
 
-    def values(hf: str) -> NDArray[Any]:
+    def pieces(hf: str) -> Sequence[Piece]:
         remaining.pop(hf)
-        fused = [for_file(name, array(name), width) for name in names[hf]]
-        return fused[0] if len(fused) == 1 else np.concatenate(fused)
+        return [piece for name in names[hf] for piece in pieces_of(name)]
+
+    def pieces_of(name: TensorName) -> Sequence[Piece]:
+        if isinstance(checkpoint, StreamedCheckpoint) and name.neuron_axis is None:
+            return checkpoint.pieces(name)  # an embedding may be larger than all of a layer
+        return [lambda: for_file(name, array(name), width)]
 
     def gather_the_rest() -> None:
         while spread and remaining:
-            values(next(iter(remaining)))
+            for piece in pieces(next(iter(remaining))):
+                piece()
 
     if not is_main():
         gather_the_rest()
         return
     try:
-        _write_files(folder, files, values, progress, ahead=not spread)
+        _write_files(folder, files, pieces, progress, ahead=not spread)
     except Exception:  # an interrupted process leaves at once instead
         gather_the_rest()  # the others wait for this one to take part
         raise
@@ -258,7 +263,7 @@ def write_weights_of(
 def write_weights(
     folder: Path,
     tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    values: Callable[[str], NDArray[Any]],
+    pieces: Callable[[str], Sequence[Piece]],
     progress: Progress | None = None,
 ) -> None:
     """Writes safetensors into an existing folder, in several files if there is much, with a few tensors in memory.
@@ -266,13 +271,13 @@ def write_weights(
     Args:
       folder: the folder.
       tensors: dtype and shape by name.
-      values: gives the tensor of a name; called once for each, on threads.
+      pieces: as of `write_tensors`.
       progress: called with what is being done, the bytes done and the bytes in all.
 
     Raises:
       OperationError: the disk refuses.
     """
-    _write_files(folder, _divided(tensors), values, progress, ahead=True)
+    _write_files(folder, _divided(tensors), pieces, progress, ahead=True)
 
 
 _Part = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
@@ -291,7 +296,7 @@ def _nbytes(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
 def _write_files(
     folder: Path,
     files: Mapping[str, _Part],
-    values: Callable[[str], NDArray[Any]],
+    pieces: Callable[[str], Sequence[Piece]],
     progress: Progress | None,
     *,
     ahead: bool,
@@ -305,7 +310,7 @@ def _write_files(
             progress("writing safetensors", done, total)
 
     for file, part in files.items():
-        write_tensors(folder / file, part, values, written, ahead=ahead)
+        write_tensors(folder / file, part, pieces, written, ahead=ahead)
     if len(files) > 1:
         weight_map = {hf: file for file, members in files.items() for hf in members}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -113,7 +113,7 @@ class MixtureCheckpoint:
 
     def write_weights(self, folder: Path, progress: Progress | None, values: Callable[[str], NDArray[Any]]) -> None:
         """Writes the safetensors of `write`; `values` gives each tensor once, by its name."""
-        write_weights(folder, self.tensors(), values, progress)
+        write_weights(folder, self.tensors(), lambda name: [lambda: values(name)], progress)
 
     def write_assets(self, folder: Path) -> None:
         """Writes what `write` does beside the weights."""

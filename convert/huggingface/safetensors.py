@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -303,6 +303,13 @@ def read_tensor(tensor: StoredTensor) -> NDArray[Any]:
     return values
 
 
+def row_ranges(tensor: StoredTensor) -> list[tuple[int, int]]:
+    """The rows of a tensor in ranges, each of a few megabytes or one row."""
+    count = tensor.shape[0] if tensor.shape else 1
+    step = max(1, _CHUNK * count // max(1, tensor.nbytes))
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def hold_the_same(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit; a few of their rows are in memory at a time.
 
@@ -311,32 +318,33 @@ def hold_the_same(a: StoredTensor, b: StoredTensor) -> bool:
     """
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    count = a.shape[0] if a.shape else 1
-    step = max(1, _CHUNK * count // max(1, a.nbytes))
     with TensorReader(a) as first, TensorReader(b) as second:
-        for start in range(0, count, step):
-            stop = min(start + step, count)
+        for start, stop in row_ranges(a):
             if first.rows(start, stop).tobytes() != second.rows(start, stop).tobytes():
                 return False
     return True
 
 
+# Gives a part of a tensor's rows; called once.
+Piece = Callable[[], NDArray[Any]]
+
+
 def write_tensors(
     file: Path,
     tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    values: Callable[[str], NDArray[Any]],
+    pieces: Callable[[str], Sequence[Piece]],
     written: Callable[[int], None],
     *,
     ahead: bool = True,
 ) -> None:
-    """Writes a safetensors file with a few tensors in memory: one is written while the next are made ready.
+    """Writes a safetensors file with a few pieces of tensors in memory: one is written while the next are made ready.
 
     Args:
       file: the file to write.
       tensors: dtype and shape by name.
-      values: gives the tensor of a name; called once for each, in `write_order`.
-      written: called with the bytes of each tensor when it is written.
-      ahead: calls `values` on threads, for the next tensors while one is written; else on this one.
+      pieces: gives what makes the tensor of a name, rows after rows; called once for each, in `write_order`.
+      written: called with the bytes of each piece when it is written.
+      ahead: makes pieces on threads, the next ones while one is written; else on this one.
 
     Raises:
       OperationError: the disk refuses.
@@ -352,15 +360,22 @@ def write_tensors(
         header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    wanted = ((name, piece) for name in names for piece in pieces(name))
+
+    def make(of: tuple[str, Piece]) -> tuple[str, NDArray[Any]]:
+        name, piece = of
+        return name, np.asarray(piece(), order="C")
+
+    left = {name: (math.prod(shape) * dtype.itemsize) for name, (dtype, shape) in tensors.items()}
     try:
         with file.open("wb") as stream, concurrent.futures.ThreadPoolExecutor(1) as background:
             stream.write(len(text).to_bytes(8, "little") + text)
             # The disk works while the next tensors are made ready, and has little left to do at the end.
             flushed = background.submit(os.fsync, stream.fileno())
-            arrays = read_ahead(values, names) if ahead else map(values, names)
-            for name, value in zip(names, arrays, strict=True):
-                array = np.asarray(value, order="C")
-                assert (array.dtype, array.shape) == tensors[name], name
+            for name, array in read_ahead(make, wanted) if ahead else map(make, wanted):
+                left[name] -= array.nbytes
+                assert array.dtype == tensors[name][0], name
+                assert left[name] >= 0, name
                 stream.write(array.reshape(-1).view(np.uint8).data)
                 if flushed.done():
                     flushed.result()
@@ -369,6 +384,7 @@ def write_tensors(
             flushed.result()
     except OSError as error:
         raise OperationError(f"cannot write {file}: {error.strerror}") from error
+    assert not any(left.values())
 
 
 def write_order(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> list[str]:

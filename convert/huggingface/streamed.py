@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Self
@@ -24,9 +25,12 @@ from convert.checkpoint import (
 from convert.families.names import TensorName
 from convert.huggingface import sharded
 from convert.huggingface.safetensors import (
+    Piece,
     StoredTensor,
+    TensorReader,
     read_ahead,
     read_tensor,
+    row_ranges,
 )
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
@@ -86,6 +90,19 @@ class StreamedCheckpoint(Checkpoint):
             return array
         sliced: jax.Array = slice_neurons(name.neuron_axis, 0, array, kept)
         return sliced
+
+    def pieces(self, name: TensorName) -> list[Piece]:
+        """What reads a tensor that has no neurons as files hold it, a few megabytes of its rows at a time."""
+        stored = self.stored[name.name]
+
+        def read(start: int, stop: int) -> NDArray[Any]:
+            with TensorReader(stored) as reader:
+                values = reader.rows(start, stop)
+            if self.dtype is not None and self.dtype != values.dtype:
+                values = cast(values, self.dtype, stored.where)
+            return values
+
+        return [functools.partial(read, *rows) for rows in row_ranges(stored)]
 
     def mlp_weights(self) -> Generator[MLPWeights]:
         """Reads the MLP matrices of one layer after the other."""

@@ -86,5 +86,5 @@ def write_mixture(folder: Path, config: dict[str, Any], tensors: dict[str, NDArr
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     shapes = {name: (values.dtype, values.shape) for name, values in tensors.items()}
-    write_tensors(folder / "model.safetensors", shapes, tensors.__getitem__, lambda _: None)
+    write_tensors(folder / "model.safetensors", shapes, lambda name: [lambda: tensors[name]], lambda _: None)
     return folder

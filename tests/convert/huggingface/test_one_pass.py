@@ -1,4 +1,4 @@
-"""Pruning in one pass: the same bytes as scoring first, every byte of the model read once, and nothing left if it fails."""
+"""Pruning in one pass: the same bytes as scoring first, every byte read once, and nothing left if it fails."""
 
 import dataclasses
 import os
