@@ -37,7 +37,7 @@ test-processes: .venv/dev  ## run the tests that start several processes, and th
 
 parity: .venv/dev  ## compare with PyTorch and OptiPFair, bit for bit where we claim it (installs both)
 	$(BIN)/pip install --quiet --editable '.[parity]'
-	GLUPRUNE_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 -m torch
+	GLUPRUNE_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m torch
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .
