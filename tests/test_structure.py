@@ -17,6 +17,7 @@ PACKAGES = ("gluprune_jax", "convert", "evals")
 COMMANDS = {"gluprune_jax/prune.py", "gluprune_jax/recover.py", "convert/__main__.py", "evals/__main__.py"}
 COMMANDS |= {"evals/compare.py", "evals/sweep.py", "evals/lm_eval_command.py"}
 COMMANDS |= {"evals/efficiency/__main__.py", "evals/report/__main__.py"}
+COMMANDS |= {"gluprune_jax/cli/recover.py"}  # what the command does: its command line answers before JAX is imported
 SHARED = {"gluprune_jax/__init__.py", "gluprune_jax/errors.py", "gluprune_jax/progress.py"}
 SHARED |= {"evals/__init__.py", "evals/perplexity.py"}
 MODULES = [path.relative_to(ROOT).as_posix() for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
