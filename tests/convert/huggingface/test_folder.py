@@ -227,8 +227,10 @@ def test_a_hub_id_is_read_from_the_folder_it_becomes(tmp_path: Path, monkeypatch
     tensors = hf_tensors(hf_config(), "bfloat16")
     write_folder(tmp_path / "snapshot", hf_config(), tensors, shards=2)
     asked = []
-    snapshot = tmp_path / "snapshot"
-    monkeypatch.setattr("convert.sources.hub_snapshot", lambda name, revision: asked.append((name, revision)) or snapshot)
+    monkeypatch.setattr(
+        "convert.sources.hub_snapshot",
+        lambda name, revision: asked.append((name, revision)) or tmp_path / "snapshot",
+    )
     checkpoint = convert.load("owner/name", revision="v2")
     assert asked == [("owner/name", "v2")]
     assert checkpoint.source == "owner/name"
