@@ -29,8 +29,8 @@ from convert.tokenizer import encode_text, load_tokenizer
 from evals.harness.backend import GlupruneLM
 from evals.harness.run import check_testable, evaluate, load_benchmarks
 from evals.harness.suites import resolve_tasks
+from evals.results.describe import describe_setting
 from evals.results.outcomes import check_is_mean
-from evals.results.setting import describe_setting
 from evals.results.store import load_items, load_result, open_setting
 from evals.study.baselines import baselines
 from gluprune_jax.errors import GlupruneError

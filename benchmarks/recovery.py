@@ -27,9 +27,10 @@ from evals.perplexity import perplexity
 from gluprune_jax.data.documents import evaluation_text, read_documents
 from gluprune_jax.data.packing import pack
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.training.recovery import COMPUTE_DTYPES, Recipe, Recovery
+from gluprune_jax.training.choices import COMPUTE_DTYPES, TRAINABLE
+from gluprune_jax.training.recovery import Recipe, Recovery
 from gluprune_jax.training.step import Objective, Schedule
-from gluprune_jax.training.trainable import WHAT, Trainable
+from gluprune_jax.training.trainable import Trainable
 
 
 def measured(model: Decoder, tokens: list[int], window: int) -> float:
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--train", choices=WHAT, default="all")
+    parser.add_argument("--train", choices=TRAINABLE, default="all")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--kl-weight", type=float, default=1.0)
     parser.add_argument("--ce-weight", type=float, default=0.0)

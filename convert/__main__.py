@@ -6,18 +6,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import convert
-from convert.gguf.export import gguf_options
-from convert.gguf.writer import Widths
-from convert.huggingface.push import check_options, check_push, push_to_hub
-from convert.output import check_format, check_not_own_folder, check_padding, check_target, parse_formats
 from gluprune_jax.cli import options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
 from gluprune_jax.files.object_store import Folder, folder_at
-from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
-from gluprune_jax.memory.plan import Pruning
-from gluprune_jax.parallel.distributed import is_main, synchronize_errors
+
+if TYPE_CHECKING:
+    from convert.gguf.writer import Widths
+    from gluprune_jax.memory.mesh_choice import MeshRequest
 
 DESCRIPTION = """\
 Converts a checkpoint between formats without changing a bit of its weights (unless --dtype asks).
@@ -41,7 +39,7 @@ class ConvertRequest:
     output: Folder
     format: str | None
     gguf_type: str | None
-    gguf_widths: Widths | None
+    gguf_widths: "Widths | None"
     quantize: str | None
     pad_to: int
     push_to_hub: str | None
@@ -50,7 +48,7 @@ class ConvertRequest:
     revision: str | None
     overwrite: bool
     json: bool
-    devices: MeshRequest
+    devices: "MeshRequest"
     distributed: bool
 
 
@@ -91,6 +89,13 @@ def main(argv: Sequence[str] | None = None, *, start: str = START) -> int:
 
 
 def _convert(request: ConvertRequest) -> None:
+    from convert.gguf.export import gguf_options  # here: help and a refused argument need no JAX
+    from convert.huggingface.push import check_options, check_push, push_to_hub
+    from convert.output import check_format, check_not_own_folder, check_padding, check_target, parse_formats
+    from gluprune_jax.memory.mesh_choice import mesh_chooser
+    from gluprune_jax.memory.plan import Pruning
+    from gluprune_jax.parallel.distributed import is_main, synchronize_errors
+
     formats = parse_formats(request.format, request.output)
     gguf = gguf_options(formats, request.output, request.gguf_type, request.gguf_widths, request.quantize)
     check_padding(request.pad_to, formats)

@@ -2,21 +2,24 @@
 
 import datetime
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import Checkpoint
 from convert.tokenizer import beginning, check_ids, encode_documents, load_tokenizer, separator
 from gluprune_jax.data.documents import Document
 from gluprune_jax.data.packing import pack
+
+if TYPE_CHECKING:
+    from convert.checkpoint import Checkpoint
 
 # Calibration windows are taken out of up to so many times as much text.
 _SPREAD = 64
 
 
 def calibration_windows(
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     documents: Sequence[Document],
     *,
     tokens: int,

@@ -6,15 +6,17 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convert.chat import RefusedError, choose_template, choose_thinking, first_line, render, template_of
-from convert.checkpoint import Checkpoint
 from gluprune_jax.data.documents import Document
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError, shortened
+
+if TYPE_CHECKING:
+    from convert.checkpoint import Checkpoint
 
 # Files that hold a vocabulary, besides those called tokenizer or vocab.
 _VOCABULARIES = ("merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json", "tiktoken.model")
@@ -27,7 +29,7 @@ def has_tokenizer(assets: Mapping[str, bytes]) -> bool:
     return any(name.startswith(("tokenizer", "vocab")) or name in _VOCABULARIES for name in assets)
 
 
-def load_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None, thinking: str | None = None) -> Any:
+def load_tokenizer(checkpoint: "Checkpoint", chat_template: str | None = None, thinking: str | None = None) -> Any:
     """The checkpoint's `transformers` tokenizer: with the ids of stock `AutoTokenizer`, whatever its version.
 
     Args:
@@ -219,13 +221,13 @@ def encode_documents(
     return encoded
 
 
-def separator(checkpoint: Checkpoint, tokenizer: Any) -> int | None:
+def separator(checkpoint: "Checkpoint", tokenizer: Any) -> int | None:
     """The token that stands between two documents, where the model has one."""
     end: int | None = tokenizer.eos_token_id
     return next(iter(end_of_sequence_ids(checkpoint)), None) if end is None else end
 
 
-def beginning(checkpoint: Checkpoint, tokenizer: Any) -> int | None:
+def beginning(checkpoint: "Checkpoint", tokenizer: Any) -> int | None:
     """The token that every text must begin with, of a family whose models compute nothing sensible without: its BOS.
 
     Raises:
@@ -318,7 +320,7 @@ def _damaged_file(assets: Mapping[str, bytes]) -> str | None:
     return None
 
 
-def end_of_sequence_ids(checkpoint: Checkpoint) -> Sequence[int]:
+def end_of_sequence_ids(checkpoint: "Checkpoint") -> Sequence[int]:
     """The token ids that end an answer: from the generation config if there is one, else from the model's.
 
     An id that no row of the embedding has ends nothing, in `transformers` as well; it is left out.

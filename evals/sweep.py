@@ -1,5 +1,7 @@
 """A study of what pruning does to a model: `gluprune sweep`, `python -m evals.sweep`."""
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import functools
@@ -8,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +20,7 @@ from convert.calibration_text import calibration_windows
 from convert.chat import fix_date
 from convert.tokenizer import load_tokenizer, tokens_beyond
 from evals.cli import options as eval_options
-from evals.harness.footprint import evaluation_uses
 from evals.harness.suites import SUITES, Benchmark, choose_benchmarks, find_suite
-from evals.results.setting import describe_setting
 from evals.results.store import check_output, open_setting
 from evals.study.folder import (
     BASELINES_FILE,
@@ -33,7 +33,6 @@ from evals.study.folder import (
     is_sweep_row,
     save_baselines,
 )
-from evals.study.grid import Grid, parse_methods, sizes, smaller_sizes
 from evals.study.rows import ResumableRows, recorded_dates
 from evals.study.study import DENSE
 from gluprune_jax.cli import method_options, options, terminal
@@ -41,13 +40,12 @@ from gluprune_jax.cli.processes import ProcessesRequest
 from gluprune_jax.data.documents import contents, read_documents
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.files.atomic import check_file
-from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
-from gluprune_jax.models.parameters import checksum
 from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_errors
-from gluprune_jax.pruning.methods import Chooser, Method, Pruned
-from gluprune_jax.pruning.plan import check_targets
-from gluprune_jax.pruning.scores import fingerprint
 from gluprune_jax.pruning.statistics import describe_windows
+
+if TYPE_CHECKING:  # help and a refused argument need no JAX: what does is imported where it is used
+    from gluprune_jax.memory.mesh_choice import MeshRequest
+    from gluprune_jax.pruning.methods import Method, Pruned
 
 PERCENTS = (0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 KEPT_BINS = 64  # of neurons of a layer, in the picture of which were kept
@@ -191,9 +189,14 @@ def _with_preset(request: SweepRequest, name: str | None) -> SweepRequest:
 
 def _sweep(request: SweepRequest, command: str) -> None:
     from evals.cli.study import print_study
+    from evals.harness.footprint import evaluation_uses
     from evals.harness.run import check_testable, load_benchmarks
     from evals.report.files import write_report
     from evals.study.folder import load_study
+    from evals.study.grid import Grid, smaller_sizes
+    from gluprune_jax.memory.mesh_choice import mesh_chooser
+    from gluprune_jax.pruning.methods import Chooser
+    from gluprune_jax.pruning.plan import check_targets
 
     wanted, targets, model = _check_request(request)
     with synchronize_errors():
@@ -294,6 +297,8 @@ def _sweep(request: SweepRequest, command: str) -> None:
 
 def _check_request(request: SweepRequest) -> tuple[list[Method], list[dict[str, Any]], str]:
     """Refuses early what could only fail late; returns methods, sizes and the model."""
+    from evals.study.grid import parse_methods, sizes
+
     if request.model is None:
         raise RequestError("no model: give --model MODEL or --preset NAME")
     if request.suite is None and request.tasks is None:
@@ -344,6 +349,9 @@ def _about(
     items: Mapping[str, int] | None,
     calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    from gluprune_jax.models.parameters import checksum
+    from gluprune_jax.pruning.scores import fingerprint
+
     return {
         "format": SWEEP_FORMAT,
         "version": VERSION,
@@ -403,6 +411,7 @@ def _measure(
     """Evaluates one model on all benchmarks, from where an interrupted run left it."""
     from evals.harness.backend import GlupruneLM
     from evals.harness.run import evaluate
+    from evals.results.describe import describe_setting
     from evals.results.outcomes import check_is_mean
 
     plan = None if pruned is None else pruned.plan

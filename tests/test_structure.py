@@ -18,6 +18,7 @@ COMMANDS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gluprune_jax/
 COMMANDS |= {"gluprune_jax/recover.py", "convert/__main__.py", "evals/__main__.py"}
 COMMANDS |= {"evals/compare.py", "evals/sweep.py", "evals/lm_eval_command.py"}
 COMMANDS |= {"evals/efficiency/__main__.py", "evals/report/__main__.py"}
+COMMANDS |= {"gluprune_jax/cli/recover.py"}  # what the command does: its command line answers before JAX is imported
 SHARED = {"gluprune_jax/__init__.py", "gluprune_jax/errors.py", "gluprune_jax/progress.py"}
 SHARED |= {"evals/__init__.py", "evals/perplexity.py"}
 MODULES = [path.relative_to(ROOT).as_posix() for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from convert.pypi import cache_folder
 from evals.harness.suites import SUITES
 from gluprune_jax.cli import options
@@ -153,4 +151,6 @@ def use_compilation_cache() -> None:
     folder = cache_folder() / "xla"
     with contextlib.suppress(OSError):  # without a place for it, there is no cache
         folder.mkdir(parents=True, exist_ok=True)
+        import jax
+
         jax.config.update("jax_compilation_cache_dir", str(folder))  # type: ignore[no-untyped-call]

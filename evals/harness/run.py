@@ -31,9 +31,9 @@ from evals.harness.bootstrap import ITERATIONS, standard_errors
 from evals.harness.suites import Benchmark, find_benchmark
 from evals.harness.task_data import check_examples, task_datasets
 from evals.results.degeneration import describe_text
+from evals.results.describe import SEEDS
 from evals.results.journal import Journal, request_key
 from evals.results.outcomes import check_is_mean
-from evals.results.setting import SEEDS
 from evals.results.store import Result
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError, is_out_of_memory, shortened
 from gluprune_jax.files.records import json_digest

@@ -12,7 +12,7 @@ from evals.study.analysis import GROUPS, KNOWLEDGE, TRUTHFULNESS, Analysis, anal
 from evals.study.paper import paper_study, published
 from evals.study.significance import Comparison
 from evals.study.study import DENSE, StudiedBenchmark, Study, name_variant
-from gluprune_jax.pruning.allocation import ALLOCATIONS
+from gluprune_jax.pruning.choices import ALLOCATIONS
 
 _GROUPS = (*GROUPS, "not tested")
 _NEUTRAL = "#8a8a8a"

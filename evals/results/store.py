@@ -23,8 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from convert.chat import parse_date
 from evals.results.journal import Journal, cannot_write
 from evals.results.setting import GIVEN, Setting
@@ -47,7 +45,7 @@ from gluprune_jax.files.records import (
     sealed,
     table_of,
 )
-from gluprune_jax.parallel.distributed import broadcast_from_main, is_main, synchronize_errors
+from gluprune_jax.parallel.distributed import broadcast_from_main, is_joined, is_main, synchronize_errors
 
 RESULTS_FILE, SETTING_FILE, RESPONSES_FILE = "gluprune_results.json", "setting.json", "responses.jsonl"
 VERSION = 1
@@ -236,7 +234,7 @@ def open_setting(root: Path, setting: Setting, *, resume: bool = False) -> Itera
             with synchronize_errors():
                 path = _setting_path(root, setting, resume)
                 journal = stack.enter_context(Journal(path / RESPONSES_FILE))
-            if jax.process_count() > 1:
+            if is_joined():
                 broadcast_from_main((path / RESPONSES_FILE).read_bytes())
             yield SettingFolder(path, journal)
         return

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
@@ -36,6 +35,8 @@ class Compilations:
     _PHASES = "/jax/core/compile/"
 
     def __init__(self) -> None:
+        import jax  # here: what is shown while nothing is computed needs none
+
         self._running = 0
         self._lock = threading.Lock()
         jax.monitoring.register_scalar_listener(self._begin)
@@ -55,7 +56,10 @@ class Compilations:
                 self._running = max(0, self._running - 1)
 
 
-compilations = Compilations()
+@functools.cache
+def compilations() -> Compilations:
+    """Those of this process, from the first call on."""
+    return Compilations()
 
 
 class Work:
@@ -149,6 +153,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), _Description())
         self._bars = Progress(*columns, console=console, transient=True, redirect_stdout=False)
         self._idle = threading.Event()
+        compilations()  # JAX tells only who listens before a compilation begins
         self._printer: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -184,7 +189,7 @@ class Display:
         if one is None or self.next_line is None or now < self.next_line:
             return None
         self.next_line = now + LINE_SECONDS
-        return f"{one.what}: {one.describe(bool(compilations))}"
+        return f"{one.what}: {one.describe(bool(compilations()))}"
 
     def _start(self) -> None:
         if self.console.is_interactive or self.console.is_jupyter:
@@ -214,4 +219,4 @@ class Display:
 class _Description(ProgressColumn):
     def render(self, task: Task) -> Text:
         work: Work = task.fields["work"]
-        return Text(work.describe(bool(compilations)))
+        return Text(work.describe(bool(compilations())))

@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gluprune_jax.cli import options
 from gluprune_jax.errors import RequestError, check_at_least
-from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
-from gluprune_jax.pruning.methods import Method
+from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
+
+if TYPE_CHECKING:
+    from gluprune_jax.pruning.methods import Method
 
 COMPENSATIONS = ("none", "least-squares")
 
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> Method:
+def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Method":
     """The method that a request asks for.
 
     Args:
@@ -93,6 +94,9 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> Meth
     Raises:
       RequestError: options that do not go together.
     """
+    from gluprune_jax.pruning.criteria import find_criterion, inputs_of  # here: `add_arguments` needs no JAX
+    from gluprune_jax.pruning.methods import Method
+
     find_criterion(request.criterion)
     method = Method(
         request.criterion,
@@ -130,7 +134,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> Meth
 
 def check_calibration(
     request: CalibrationRequest,
-    methods: Sequence[Method],
+    methods: Sequence["Method"],
     statistics: Path | None = None,
     *,
     alternative: str = "",

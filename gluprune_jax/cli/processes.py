@@ -3,8 +3,6 @@
 import dataclasses
 import re
 
-import jax
-
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.parallel.distributed import describe_error
 
@@ -48,6 +46,8 @@ def connect(request: ProcessesRequest) -> None:
         raise RequestError(f"--heartbeat-timeout is {request.heartbeat_timeout}; it must be at least 1 second")
     if not request.distributed:
         return
+    import jax
+
     try:
         jax.distributed.initialize(
             request.coordinator,

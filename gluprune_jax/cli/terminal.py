@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn, cast
 
-import jax
 from rich.console import Console
 from rich.text import Text
 
@@ -152,7 +151,7 @@ def run(
     try:
         if processes is not None:
             connect(processes)
-            together = jax.distributed.is_initialized()
+            together = distributed.is_initialized()
         if together:
             _keep_standard_output()
     except GlupruneError as error:  # of connecting
@@ -197,14 +196,15 @@ def _run(
     except Exception as error:
         if isinstance(error, OSError) and _is_of_output(error):
             return _output_failed(name, error)
-        if debug and not jax.distributed.is_initialized():
+        if debug and not distributed.is_initialized():
             raise
         if debug:
             traceback.print_exc()
         elif not distributed.is_silent():
             _complain(f"{name}: error: {_reason(error, flags)}")
         elif not getattr(error, "all_know", False):
-            sys.stderr.write(one_line(f"{name} (process {jax.process_index()}): error: {_reason(error, flags)}") + "\n")
+            who = f"{name} (process {distributed.process_index()})"
+            sys.stderr.write(one_line(f"{who}: error: {_reason(error, flags)}") + "\n")
         finish_output(name)
         return error.exit_status if isinstance(error, GlupruneError) else 1
     return finish_output(name)

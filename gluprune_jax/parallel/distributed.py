@@ -9,19 +9,34 @@ when it has given no sign of life for the heartbeat timeout.
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 
 
+def is_initialized() -> bool:
+    """Whether this process has joined others through JAX. It has not where nobody has imported JAX yet."""
+    jax: ModuleType | None = sys.modules.get("jax")
+    return jax is not None and bool(jax.distributed.is_initialized())
+
+
+def process_index() -> int:
+    """The number of this process, from 0."""
+    if not is_initialized():
+        return 0
+    import jax
+
+    return jax.process_index()
+
+
 def is_silent() -> bool:
     """Whether this is a process that leaves speaking to another."""
-    return jax.distributed.is_initialized() and not is_main()
+    return process_index() != 0
 
 
 def min_over_processes(value: int) -> int:
@@ -31,12 +46,16 @@ def min_over_processes(value: int) -> int:
 
 def is_main() -> bool:
     """Whether this is the process that writes files and speaks."""
-    return not is_joined() or jax.process_index() == 0
+    return process_index() == 0
 
 
 def is_joined() -> bool:
     """Whether this process is one of several. It does not touch the devices, which may be in use or absent."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    if not is_initialized():
+        return False
+    import jax
+
+    return bool(jax.process_count() > 1)
 
 
 def check_same(what: str, parts: Iterable[bytes]) -> None:
@@ -69,6 +88,8 @@ def broadcast_from_main(data: bytes) -> bytes:
     """The `data` of process 0, on every process. All processes must call it; what the others pass is not looked at."""
     if not is_joined():
         return data
+    from jax.experimental import multihost_utils
+
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     return _as_bytes(multihost_utils.broadcast_one_to_all(_as_array(data if is_main() else b"", size)))
 
@@ -77,6 +98,8 @@ def gather_from_all(data: bytes) -> list[bytes]:
     """The `data` of every process, in their order, on every process. All processes must call it."""
     if not is_joined():
         return [data]
+    from jax.experimental import multihost_utils
+
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
     if not sizes.any():
         return [b""] * len(sizes)

@@ -21,12 +21,11 @@ from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Stream
+from gluprune_jax.pruning.choices import MIN_KEEP as MIN_KEEP
 from gluprune_jax.pruning.least_squares import compensate_layer, without_neurons
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import mlp_weights
 
-ALLOCATIONS = ("uniform", "global", "measured")
-MIN_KEEP = 0.2
 EXPONENT = 2.0
 # Tokens that the loss is measured on, for each layer: the whole takes L / 2 forward passes over them.
 COST_TOKENS = 4096

@@ -16,8 +16,9 @@ from gluprune_jax.parallel.distributed import min_over_processes
 from gluprune_jax.parallel.machine import host_memory
 from gluprune_jax.parallel.mesh import mesh_of, place, to_host
 from gluprune_jax.progress import Progress, no_progress
-from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP, by_cost, by_score, layer_costs
+from gluprune_jax.pruning.allocation import by_cost, by_score, layer_costs
 from gluprune_jax.pruning.calibration import collect, gram_matrices, sensitivities
+from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 from gluprune_jax.pruning.least_squares import Compensation, compensate, prune_in_order, with_down_projections
 from gluprune_jax.pruning.plan import PruningPlan, make_plan

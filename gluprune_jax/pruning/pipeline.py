@@ -19,8 +19,8 @@ from gluprune_jax.data.documents import Document, read_documents
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
-from gluprune_jax.pruning.allocation import MIN_KEEP
 from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, check_budget_allowed, target_within
+from gluprune_jax.pruning.choices import MIN_KEEP
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Chooser, Method, Pruned
 from gluprune_jax.pruning.plan import PruningPlan

@@ -31,10 +31,9 @@ from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.parallel.distributed import is_main
 from gluprune_jax.parallel.mesh import mesh_of, place, shape_of, use_mesh
 from gluprune_jax.training.checkpoints import Restored, TrainingCheckpoints
+from gluprune_jax.training.choices import COMPUTE_DTYPES
 from gluprune_jax.training.step import Objective, Schedule, compile_step, new_state
 from gluprune_jax.training.trainable import Trainable, layout_of, merged, split
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

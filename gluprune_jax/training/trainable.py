@@ -25,9 +25,6 @@ from gluprune_jax.models.parameters import Parameters, abstract_model, parameter
 from gluprune_jax.parallel.mesh import mesh_of, place
 from gluprune_jax.parallel.sharding import PARAMETERS
 
-WHAT = ("all", "mlp", "lora")
-
-
 _PROJECTIONS = {  # the weights that adapters are made for, and how many of their leading axes are outputs
     "q_proj": 2,
     "k_proj": 2,

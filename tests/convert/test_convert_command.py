@@ -129,7 +129,7 @@ def test_a_model_is_overwritten_when_asked_for(model: Path, capsys: Capture) -> 
 
 def test_a_hub_id(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(convert.sources, "hub_snapshot", lambda name, revision: asked.append((name, revision)) or model)
+    monkeypatch.setattr("convert.sources.hub_snapshot", lambda name, revision: asked.append((name, revision)) or model)
     assert main(["owner/name", "out", "--revision", "v2"]) == 0
     assert asked == [("owner/name", "v2")]
     assert_same_weights("out")
@@ -290,7 +290,7 @@ def test_a_full_disk_is_said_to_be_full(model: Path, monkeypatch: pytest.MonkeyP
         except OSError as error:
             raise OperationError(f"cannot write {file}: {error.strerror}") from error
 
-    monkeypatch.setattr(convert.huggingface.folder, "write_tensors", full)
+    monkeypatch.setattr("convert.huggingface.folder.write_tensors", full)
     assert main(["model", "out"]) == 1
     assert f"gluprune: error: cannot write {model.parent / 'out'}: the disk is full (" in capsys.readouterr().err
     assert os.listdir() == ["model"]

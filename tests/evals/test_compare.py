@@ -19,7 +19,6 @@ from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
 from convert.tokenizer import encode_text, load_tokenizer
-from evals import compare
 from evals.compare import main
 from evals.perplexity import perplexity
 from evals.report.comparison import plain_ticks
@@ -172,7 +171,7 @@ def test_what_is_known_is_not_computed_again(
     def unexpected(*_: Any, **__: Any) -> None:
         raise AssertionError("everything is known")
 
-    monkeypatch.setattr(compare, "perplexity", unexpected)
+    monkeypatch.setattr("evals.cli.compare.perplexity", unexpected)
     assert report(capsys, *argv, "--methods", "ppm,hybrid", "--output", out) == more
 
 
@@ -182,12 +181,13 @@ def test_a_killed_comparison_goes_on(folder: Path, argv: list[object], tmp_path:
     code = (
         "import os, sys\n"
         "from evals import compare\n"
-        "add, count = compare.ResumableRows.add, [0]\n"
+        "from evals.study.rows import ResumableRows\n"
+        "add, count = ResumableRows.add, [0]\n"
         "def killing(self, row):\n"
         "    add(self, row)\n"
         "    count[0] += 1\n"
         "    if count[0] == 3: os.kill(os.getpid(), 9)\n"
-        "compare.ResumableRows.add = killing\n"
+        "ResumableRows.add = killing\n"
         "compare.main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, *map(str, argv), "--methods", "ppm,hybrid+least-squares"]
@@ -204,7 +204,7 @@ def test_an_interrupted_comparison_says_how_to_resume(
 
     argv = [*argv, "--methods", "ppm"]
     with monkeypatch.context() as patch:
-        patch.setattr("evals.compare._compare", interrupt)
+        patch.setattr("evals.cli.compare.compare", interrupt)
         for more, kept in (
             (["--output", tmp_path / "out"], f"what was measured so far is saved in {tmp_path / 'out'}; to resume:"),
             ([], "nothing is kept without --output DIR; to start again:"),

@@ -25,12 +25,13 @@ from evals import __main__ as evaluate
 from evals import compare, sweep
 from evals.cli.tables import column_names
 from evals.efficiency import __main__
-from evals.results.setting import describe_setting
+from evals.results.describe import describe_setting
 from evals.results.store import load_results
 from evals.study.folder import load_study
 from gluprune_jax import prune, recover
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.files.records import SEAL
+from gluprune_jax.training import recovery
 
 Capture = pytest.CaptureFixture[str]
 CONFIG = hf_config(
@@ -239,7 +240,7 @@ def test_a_recovery_goes_on_after_midnight(
         "--json",
     )
     run = functools.partial(commands.run, recover.main, capsys)
-    true_train = recover.train
+    true_train = recovery.train
 
     def killed(*args: Any, on_step: Any, **options: Any) -> None:
         def show(line: Any) -> None:
@@ -249,10 +250,10 @@ def test_a_recovery_goes_on_after_midnight(
         true_train(*args, on_step=show, **options)
 
     on(FIRST)
-    monkeypatch.setattr(recover, "train", killed)
+    monkeypatch.setattr("gluprune_jax.cli.recover.train", killed)
     assert run(*argv)[0] == 130
     assert os.listdir(tmp_path / "out.recovery")
-    monkeypatch.setattr(recover, "train", true_train)
+    monkeypatch.setattr("gluprune_jax.cli.recover.train", true_train)
     on(SECOND)
     status, _, err = run(*argv, "--date", "2025-03-02")
     assert status == 2
@@ -368,9 +369,11 @@ def test_prompts_of_ones_own_are_of_one_day(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("hello\n")
     asked: list[Any] = []
-    monkeypatch.setattr(__main__, "measure", lambda model, workload, *_: asked.append(workload.prompts) or {})
-    monkeypatch.setattr(__main__, "_print", lambda report: None)
-    monkeypatch.setattr(__main__, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(
+        "evals.cli.efficiency.measure", lambda model, workload, *_: asked.append(workload.prompts) or {}
+    )
+    monkeypatch.setattr("evals.cli.efficiency._print", lambda report: None)
+    monkeypatch.setattr("evals.cli.efficiency.IDLE_SECONDS", 0.0)
     options = ("--prune-percent", 0, "--batch-sizes", 1, "--mesh", "data=1", "--new-tokens", 5, "--output", tmp_path)
     prompts = ("--prompts", tmp_path / "prompts.txt", "--date", FIRST)
     status, _, err = commands.run(__main__.main, capsys, "--model", folder / "clock", *prompts, *options)

@@ -23,7 +23,7 @@ from tiny_models import hf_config, hf_tensors, write_folder
 import convert
 from convert.huggingface.streamed import StreamedCheckpoint
 from gluprune_jax import PruningPlan, make_plan, score
-from gluprune_jax.errors import format_bytes
+from gluprune_jax.errors import RequestError, format_bytes
 from gluprune_jax.prune import main
 
 CONFIG = hf_config(intermediate_size=120)  # expansion ratio 2.5
@@ -243,7 +243,7 @@ def test_streamed_and_loaded_give_the_same_files(
 def recorded_loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Filled, from now on, with whether each model that is loaded stays in its files."""
     streamed: list[bool] = []
-    load = convert.store.load
+    load = convert.load
 
     def record(*args: Any, **options: Any) -> convert.Checkpoint:
         checkpoint = load(*args, **options)
@@ -569,7 +569,7 @@ def test_only_a_hub_id_becomes_a_base_model(
 
 
 def test_debug_shows_the_traceback(model: Path) -> None:
-    with pytest.raises(convert.store.RequestError):
+    with pytest.raises(RequestError):
         main(["--model", str(model), "--width", "0", "--dry-run", "--debug"])
 
 

@@ -28,6 +28,7 @@ from tiny_models import DTYPES, LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 
 import convert
 from convert.huggingface import folder
+from convert.huggingface.config import read_config
 from convert.huggingface.safetensors import check_dtypes, read_header, read_tensor, write_tensors
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.models.config import LayerAttention, Rope
@@ -227,7 +228,8 @@ def test_a_hub_id_is_read_from_the_folder_it_becomes(tmp_path: Path, monkeypatch
     write_folder(tmp_path / "snapshot", hf_config(), tensors, shards=2)
     asked = []
     monkeypatch.setattr(
-        convert.sources, "hub_snapshot", lambda name, revision: asked.append((name, revision)) or tmp_path / "snapshot"
+        "convert.sources.hub_snapshot",
+        lambda name, revision: asked.append((name, revision)) or tmp_path / "snapshot",
     )
     checkpoint = convert.load("owner/name", revision="v2")
     assert asked == [("owner/name", "v2")]
@@ -499,7 +501,7 @@ def test_transformers_4_reads_the_same(written: dict[str, tuple[Path, Path, np.n
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     assert answers["version"].startswith("4.")
-    full, _ = convert.huggingface.config.read_config(answers["full config"])
+    full, _ = read_config(answers["full config"])
     assert (full.hidden_size, full.num_hidden_layers, full.attention) == (4096, 3, (LayerAttention(Rope(10000.0)),) * 3)
     for name, (_, target, ours) in written.items():
         answer = answers[str(target)]

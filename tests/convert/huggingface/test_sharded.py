@@ -25,7 +25,7 @@ from convert.checkpoint import Checkpoint, MeshChoice
 from convert.families.names import TensorName
 from convert.huggingface import sharded
 from convert.huggingface.safetensors import StoredTensor, index_folder
-from evals.results.setting import weights_digest
+from evals.results.describe import weights_digest
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh, mesh_of, parameter_sharding, shape_of
@@ -402,7 +402,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, heartbeat_timeout_seco
 import convert
 from convert import output
 from convert.huggingface import folder as huggingface
-from evals.results.setting import weights_digest
+from evals.results.describe import weights_digest
 from gluprune_jax.parallel import mesh
 from gluprune_jax.parallel.distributed import broadcast_from_main, gather_from_all
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError

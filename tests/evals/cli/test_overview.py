@@ -12,7 +12,8 @@ from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
 from convert.tokenizer import encode_prompt, end_of_sequence_ids, load_tokenizer
-from evals.compare import main, shown_tables
+from evals.cli.compare import shown_tables
+from evals.compare import main
 from gluprune_jax.cli import terminal
 from gluprune_jax.inference.generation import generate
 from gluprune_jax.pruning.plan import make_plan

@@ -17,7 +17,7 @@ from tiny_models import hf_config, write_folder
 
 import convert
 from evals.efficiency import measure as timing
-from evals.efficiency.__main__ import main
+from evals.efficiency.__main__ import NEW_TOKENS, main, parser
 from evals.efficiency.costs import bytes_per_token, flops_per_token
 from evals.efficiency.energy import Energy, EnergyMeter
 from evals.efficiency.measure import DEFINITIONS, decode_memory, measure
@@ -200,7 +200,8 @@ def test_energy_that_nothing_counts_is_not_available(monkeypatch: pytest.MonkeyP
 
 
 def test_workloads() -> None:
-    assert all((new_tokens - 1) % STEPS_PER_CALL == 0 for _, new_tokens in PAPER.values())
+    assert all((new_tokens - 1) % STEPS_PER_CALL == 0 for _, new_tokens in [*PAPER.values(), (0, NEW_TOKENS)])
+    assert f"one more than a multiple of {STEPS_PER_CALL} is timed best" in " ".join(parser().format_help().split())
     drawn = synthetic(100, 7, 5)
     assert {len(prompt) for prompt in drawn.prompts} == {7}
     assert all(0 <= token < 100 for prompt in drawn.prompts for token in prompt)

@@ -16,8 +16,9 @@ import convert
 from evals.harness.backend import GlupruneLM
 from evals.harness.run import LoadedBenchmark, check_testable, evaluate, load_benchmarks
 from evals.harness.suites import choose_benchmarks, resolve_tasks
+from evals.results.describe import describe_setting
 from evals.results.outcomes import outcomes_of_items
-from evals.results.setting import Setting, describe_setting
+from evals.results.setting import Setting
 from evals.results.store import Result, load_items, load_results, open_setting
 from evals.study.baselines import baselines
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError

@@ -29,8 +29,9 @@ import convert
 from evals.harness.bootstrap import bootstrap_stderr, standard_errors
 from evals.harness.run import evaluate, load_benchmarks
 from evals.harness.suites import Benchmark, resolve_tasks, with_num_fewshot
+from evals.results.describe import describe_setting, model_name, weights_digest
 from evals.results.journal import Journal
-from evals.results.setting import Setting, describe_setting, model_name, weights_digest
+from evals.results.setting import Setting
 from evals.results.store import (
     RESPONSES_FILE,
     RESULTS_FILE,

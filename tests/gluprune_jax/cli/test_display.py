@@ -103,7 +103,7 @@ def lines(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], st
     """Waits so many seconds, and says what would be printed then; nothing is printed by itself."""
     shown = Display(Console(file=io.StringIO()), clock)
     monkeypatch.setattr(display, "LINE_SECONDS", 10.0)
-    monkeypatch.setattr(display, "compilations", False)
+    monkeypatch.setattr(display, "compilations", lambda: False)
     monkeypatch.setattr(display.threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(display.threading.Thread, "join", lambda thread: None)
 

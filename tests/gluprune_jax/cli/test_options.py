@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -21,6 +21,10 @@ from convert.output import FORMATS
 from convert.sources import DTYPE_NAMES
 from gluprune_jax.cli import main as door
 from gluprune_jax.cli.options import LISTS, OLD, TABLE
+from gluprune_jax.pruning.choices import CRITERION_NAMES
+from gluprune_jax.pruning.criteria import CRITERIA
+from gluprune_jax.training.choices import TRAINABLE
+from gluprune_jax.training.trainable import Trainable
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS: dict[str, Any] = {
@@ -127,6 +131,11 @@ def test_no_two_spellings_of_before_are_options_now() -> None:
         assert not actions(command).keys() & OLD.keys(), command
 
 
+def test_what_is_chosen_by_name_is_there() -> None:
+    assert tuple(CRITERIA) == CRITERION_NAMES
+    assert get_args(get_type_hints(Trainable)["what"]) == TRAINABLE
+
+
 def test_choices_are_those_of_the_converter() -> None:
     options = {option.flag: option for option in TABLE}
     assert set(options["--dtype"].choices or ()) == set(DTYPE_NAMES)
@@ -148,6 +157,37 @@ def test_the_help_fits_a_screen_and_loads_no_jax() -> None:
     assert max(map(len, lines)) <= 80
     assert all(re.search(rf"^  {verb} ", done.stdout, re.MULTILINE) for verb in COMMANDS)
     assert re.fullmatch(r"gluprune \d+\.\d+\.\d+.*", version)
+
+
+AT_ONCE = """
+import importlib, sys
+main = importlib.import_module(sys.argv[1]).main
+for line in sys.argv[2:]:
+    try:
+        status = main(line.split())
+    except SystemExit as stop:
+        status = stop.code
+    loaded = sys.modules.keys() & {"jax", "flax", "optax", "orbax", "transformers", "tokenizers", "gguf", "lm_eval"}
+    assert (status, loaded) == (0 if "--help" in line else 2, set()), (line, status, loaded)
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "lines"),
+    [
+        ("convert", ["a b --dtype int3"]),
+        ("recover", ["--model a --train-data b --steps 1 --output c --train some"]),
+        ("evaluate", ["--model a --suite quick --date today", "show --help", "show there/is/none"]),
+        ("compare", ["--model a --methods ppm --width 1,x"]),
+        ("sweep", ["--preset none"]),
+        ("efficiency", ["--model a --workload none"]),
+        ("report", ["--published none", "study --published Llama-3.2-1B"]),
+    ],
+)
+def test_help_and_refused_arguments_need_no_jax(verb: str, lines: list[str]) -> None:
+    command = [sys.executable, "-c", AT_ONCE, door.VERBS[verb].module, "--help", "--none", *lines]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_verb_is_a_command(capsys: Capture) -> None:
