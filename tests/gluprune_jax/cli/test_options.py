@@ -175,6 +175,7 @@ for line in sys.argv[2:]:
 @pytest.mark.parametrize(
     ("verb", "lines"),
     [
+        ("prune", ["--model a --width x"]),
         ("convert", ["a b --dtype int3"]),
         ("recover", ["--model a --train-data b --steps 1 --output c --train some"]),
         ("evaluate", ["--model a --suite quick --date today", "show --help", "show there/is/none"]),
