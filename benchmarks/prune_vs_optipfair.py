@@ -2,6 +2,8 @@
 
     pip install 'gluprune-jax[parity]' && python benchmarks/prune_vs_optipfair.py --model llama-1b --runs 5
 
+`--baseline CHECKOUT` measures an older version of this package, in a folder, in the place of OptiPFair.
+
 Imports and compilation are part of the time. `llama-1b` is a random bfloat16 checkpoint of Llama-3.2-1B's exact
 shapes (2.5 GB); `smollm2` is the demo model as a float32 Hugging Face folder (0.5 GB). Both programs read the same
 folder; at the end the scores of the neurons that they kept are compared.
@@ -29,6 +31,7 @@ import convert
 from gluprune_jax import score
 
 PERCENT = 40
+NO_PARTS = ("seconds", "cpu", "peak_bytes", "bytes_read", "bytes_written")  # of what `run` gives
 OPTIPFAIR = f"""
 import pathlib, sys, time
 parts, last = {{}}, time.perf_counter()
@@ -56,18 +59,32 @@ def prepare(name: str, folder: Path) -> None:
         convert.save(convert.load("demo"), folder)
 
 
-def command(program: str, model: Path, output: Path) -> list[str]:
+def command(program: str, model: Path, output: Path, baseline: Path | None) -> list[str]:
     if program == "optipfair":
         return [sys.executable, "-c", OPTIPFAIR, str(model), str(output)]
     target = ["--model", str(model), "--prune-percent", str(PERCENT), "--output", str(output), "--json"]
+    if program == "baseline":
+        return ["env", f"PYTHONPATH={baseline}", sys.executable, "-m", "gluprune_jax.prune", *target]
     return [sys.executable, "-m", "gluprune_jax.prune", *target]
 
 
+def transferred(pid: int) -> dict[str, float]:
+    """Bytes that a process has read and written, from wherever they came; none where the system does not count them."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return {}
+    counts = {name: int(count) for name, count in (line.split(": ") for line in lines)}
+    return {"bytes_read": counts["rchar"], "bytes_written": counts["wchar"]}
+
+
 def run(argv: list[str]) -> dict[str, float]:
-    """Runs a program; seconds in all and by part, and its peak resident memory in bytes."""
+    """Runs a program; seconds in all and by part, its peak resident memory, and the bytes that it read and wrote."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(argv, stdout=out, stderr=err)
+        counts = transferred(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -76,7 +93,9 @@ def run(argv: list[str]) -> dict[str, float]:
         if process.returncode:
             raise SystemExit(f"{argv} failed:\n{err.read()}")
         parts = json.loads(out.read())["seconds"]
-    return {"seconds": seconds, **parts, "start": seconds - sum(parts.values()), "peak_bytes": usage.ru_maxrss * 1024}
+    cpu = usage.ru_utime + usage.ru_stime
+    start = seconds - sum(parts.values())
+    return {"seconds": seconds, **parts, "start": start, "cpu": cpu, "peak_bytes": usage.ru_maxrss * 1024, **counts}
 
 
 def same_choice(a: Path, b: Path) -> bool:
@@ -91,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "llama-1b"), default="smollm2")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs; medians are reported")
+    parser.add_argument("--baseline", type=Path, help="checkout of an older version, to compare with instead")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -99,31 +119,35 @@ def main() -> None:
         # In a process of its own: the kernel counts the memory of this one as that of its children before they start.
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(prepare, args.model, model).result()
-        runs: dict[str, list[dict[str, float]]] = {"gluprune_jax": [], "optipfair": []}
+        other = "optipfair" if args.baseline is None else "baseline"
+        size = sum(file.stat().st_size for file in model.iterdir())
+        runs: dict[str, list[dict[str, float]]] = {"gluprune_jax": [], other: []}
         for i in range(args.runs):
             for program, results in list(runs.items())[:: 1 if i % 2 else -1]:  # now one first, now the other
                 output = Path(work) / program
                 shutil.rmtree(output, ignore_errors=True)
                 os.sync()  # what the other one left to be written is not this one's time
-                results.append(run(command(program, model, output)))
-        same = same_choice(Path(work) / "gluprune_jax", Path(work) / "optipfair")
+                results.append(run(command(program, model, output, args.baseline)))
+        same = same_choice(Path(work) / "gluprune_jax", Path(work) / other)
     medians = {
         program: {key: statistics.median(result[key] for result in results) for key in results[0]}
         for program, results in runs.items()
     }
-    ratios = [o["seconds"] / g["seconds"] for g, o in zip(runs["gluprune_jax"], runs["optipfair"], strict=True)]
+    ratios = [o["seconds"] / g["seconds"] for g, o in zip(runs["gluprune_jax"], runs[other], strict=True)]
     report = {"model": args.model, "runs": args.runs, "medians": medians, "times_as_fast": statistics.median(ratios)}
     report |= {"pairs": ratios, "same_choice": same}
     if args.json:
         print(json.dumps(report, indent=1))
         return
     table = Table(title=f"{args.model}: load, prune {PERCENT} %, save ({args.runs} pairs)", title_justify="left")
-    for column in ("", "seconds", "by part", "peak memory"):
-        table.add_column(column, justify="right" if column in ("seconds", "peak memory") else "left")
+    for column in ("", "seconds", "of CPU", "by part", "read", "peak memory"):
+        table.add_column(column, justify="left" if column in ("", "by part") else "right")
     for program, result in medians.items():
-        parts = {key: value for key, value in result.items() if key not in ("seconds", "peak_bytes")}
+        parts = {key: value for key, value in result.items() if key not in NO_PARTS}
         spelled = ", ".join(f"{part} {value:.2f}" for part, value in parts.items())
-        table.add_row(program, f"{result['seconds']:.2f}", spelled, f"{result['peak_bytes'] / 1e9:.2f} GB")
+        times = f"{result['bytes_read'] / size:.3f} x the model" if "bytes_read" in result else ""
+        seconds, cpu, peak = f"{result['seconds']:.2f}", f"{result['cpu']:.2f}", f"{result['peak_bytes'] / 1e9:.2f} GB"
+        table.add_row(program, seconds, cpu, spelled, times, peak)
     Console().print(table)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     print(f"{report['times_as_fast']:.2f} times as fast (pairs: {spread}); same choice up to ties: {same}")

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prune_vs_optipfair import run
+from prune_vs_optipfair import NO_PARTS, run
 from rich.console import Console
 from rich.table import Table
 from shapes import write_checkpoint
@@ -123,7 +123,7 @@ def show_pairs(report: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("", "of these") else "right")
     for program, results in report["runs"].items():
         for result in results:
-            parts = {key: value for key, value in result.items() if key not in ("seconds", "peak_bytes")}
+            parts = {key: value for key, value in result.items() if key not in NO_PARTS}
             table.add_row(
                 program,
                 f"{result['seconds']:.1f}",

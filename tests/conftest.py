@@ -4,7 +4,6 @@ import atexit
 import ctypes
 import gc
 import importlib.metadata
-import math
 import os
 import sys
 import tempfile
@@ -25,6 +24,8 @@ if "GLUPRUNE_TEST_OPTIMIZED" not in os.environ:
     )
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end the process over a flag they lack
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# What a command prints, here or in a process of its own, must not depend on how busy the machine is.
+os.environ["GLUPRUNE_PROGRESS_SECONDS"] = "inf"
 os.environ.setdefault(
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0"
 )  # where an operation was called costs a tenth of lowering it
@@ -43,10 +44,7 @@ import pytest
 
 import convert
 from gluprune_jax import make_plan, score
-from gluprune_jax.cli import display
 
-# What a command prints must not depend on how busy the machine is.
-display.LINE_SECONDS = math.inf
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

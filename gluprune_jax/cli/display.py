@@ -1,4 +1,5 @@
-"""How far long work is: a bar on a terminal, and elsewhere (a pipe, a file, a CI log) a line every ten seconds.
+"""How far long work is: a bar on a terminal, and elsewhere (a pipe, a file, a CI log) a line every ten seconds
+(or as many as the environment variable GLUPRUNE_PROGRESS_SECONDS says).
 
 answers: 1,234/2,560 tokens, 7/10 answers, 35 tokens/s, at most 0:00:38 left
 scoring neurons: 3/16 layers, 12.3 s/layer, 0:02:40 left
@@ -8,6 +9,8 @@ perplexity: 0/8,192 tokens, compiling
 import collections
 import contextlib
 import functools
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +22,21 @@ from rich.text import Text
 from gluprune_jax.errors import format_bytes
 from gluprune_jax.progress import Report
 
-LINE_SECONDS = 10.0  # between two lines, where there is no terminal
+
+def seconds_between_lines(text: str) -> float:
+    """What the environment variable says; ten where it says no such number."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if seconds > 0:
+        return seconds
+    print(f"note: GLUPRUNE_PROGRESS_SECONDS is {text!r}; give seconds above 0, such as 60, or inf", file=sys.stderr)
+    return 10.0
+
+
+# Between two lines, where there is no terminal: what a log of hours would be full of, or should not hold at all.
+LINE_SECONDS = seconds_between_lines(os.environ.get("GLUPRUNE_PROGRESS_SECONDS", "10"))
 _SPEED_SECONDS = 60.0  # a speed is that of the last minute, or since the last but one report if that was earlier
 BYTES = "bytes"
 

@@ -15,8 +15,8 @@ from gluprune_jax.files.atomic import check_file
 from gluprune_jax.files.object_store import in_store
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning import methods
-from gluprune_jax.pruning.allocation import MIN_KEEP
 from gluprune_jax.pruning.budget import ALL_TARGETS, check_budget_allowed, parse_parameters, parse_target_bytes
+from gluprune_jax.pruning.choices import MIN_KEEP
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA, find_criterion
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import is_data_driven

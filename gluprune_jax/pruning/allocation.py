@@ -21,7 +21,7 @@ from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Stream
-from gluprune_jax.pruning.choices import MIN_KEEP as MIN_KEEP
+from gluprune_jax.pruning.choices import MIN_KEEP
 from gluprune_jax.pruning.least_squares import compensate_layer, without_neurons
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import mlp_weights

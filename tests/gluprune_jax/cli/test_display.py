@@ -285,3 +285,11 @@ class Screen:
     def lines(self) -> list[str]:
         """What stands there at the end."""
         return [line.rstrip() for line in self._lines if line.strip()]
+
+
+def test_how_often_a_line_is_written_comes_from_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [display.seconds_between_lines(text) for text in ("60", "0.5", "inf")] == [60, 0.5, float("inf")]
+    assert capsys.readouterr().err == ""
+    for wrong in ("", "0", "-1", "often", "nan"):
+        assert display.seconds_between_lines(wrong) == 10
+        assert f"GLUPRUNE_PROGRESS_SECONDS is {wrong!r}; give seconds above 0" in capsys.readouterr().err
