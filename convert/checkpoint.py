@@ -24,6 +24,7 @@ from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model, num_bytes, parameters_of, with_parameters
 from gluprune_jax.parallel.mesh import shape_of, to_host
+from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.methods import Pruned, as_pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights, mlp_weights
@@ -147,12 +148,19 @@ class Checkpoint:
         sequence_length: int,
         chat_template: str | None = None,
         date: datetime.date | None = None,
+        progress: Progress = no_progress,
     ) -> NDArray[np.int32]:
         """Calibration text in the model's own tokens: see `convert.calibration_text.calibration_windows`."""
         from convert.calibration_text import calibration_windows  # here: it needs tokenizers, which take a second
 
         return calibration_windows(
-            self, documents, tokens=tokens, sequence_length=sequence_length, chat_template=chat_template, date=date
+            self,
+            documents,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            chat_template=chat_template,
+            date=date,
+            progress=progress,
         )
 
     def pruned(self, pruned: Pruned | PruningPlan, *, donate: bool = False) -> Self:

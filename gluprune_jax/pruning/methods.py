@@ -17,9 +17,15 @@ from gluprune_jax.parallel.machine import host_memory
 from gluprune_jax.parallel.mesh import mesh_of, place, to_host
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP, by_cost, by_score, layer_costs
-from gluprune_jax.pruning.calibration import collect, gram_matrices, sensitivities
+from gluprune_jax.pruning.calibration import collect, gram_folds, gram_matrices, sensitivities
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
-from gluprune_jax.pruning.least_squares import Compensation, compensate, prune_in_order, with_down_projections
+from gluprune_jax.pruning.least_squares import (
+    FOLDS,
+    Compensation,
+    compensate,
+    prune_in_order,
+    with_down_projections,
+)
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
 from gluprune_jax.pruning.scores import MLPWeights, Scores, is_data_driven, score
 from gluprune_jax.pruning.statistics import Statistics, describe_windows
@@ -27,7 +33,8 @@ from gluprune_jax.pruning.targets import chosen_layers, target_width
 
 # Of the memory that the host has free, for Gram matrices.
 _HOST_SHARE = 0.25
-_SHORT = {"ls": "least-squares"}
+_SHORT = {"ls": "least-squares", "cv-ls": "cv-least-squares"}
+_REFITS = ("least-squares", "cv-least-squares")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Method:
       sequential: whether each layer is scored on, and fitted to, what the pruned ones before it give (but for
         sensitivities, which are the dense model's).
       seed: of criteria that draw random numbers.
+      cross_validates: whether the refit is only as strong as helps on calibration windows that are held out.
     """
 
     criterion: str = "ppm"
@@ -50,6 +58,7 @@ class Method:
     is_compensated: bool = False
     sequential: bool = False
     seed: int = 0
+    cross_validates: bool = False
 
     @classmethod
     def parse(cls, text: str, *, min_keep: float = MIN_KEEP, seed: int = 0) -> "Method":
@@ -60,7 +69,7 @@ class Method:
         """
         criterion, *parts = (_SHORT.get(part, part) for part in text.split("+"))
         find_criterion(criterion)
-        known = (*ALLOCATIONS[1:], "least-squares", "sequential")
+        known = (*ALLOCATIONS[1:], *_REFITS, "sequential")
         if "in-order" in parts:
             raise RequestError(f"method {text!r} has 'in-order', which is called sequential now")
         if wrong := [part for part in parts if part not in known]:
@@ -69,11 +78,15 @@ class Method:
         if len(allocations) > 1:
             raise RequestError(f"method {text!r} has two allocations; give one")
         allocation = allocations[0] if allocations else "uniform"
-        return cls(criterion, allocation, min_keep, "least-squares" in parts, "sequential" in parts, seed)
+        refits = [part for part in parts if part in _REFITS]
+        if len(set(refits)) > 1:
+            raise RequestError(f"method {text!r} has {' and '.join(refits)}; give one")
+        return cls(criterion, allocation, min_keep, bool(refits), "sequential" in parts, seed, refits == [_REFITS[1]])
 
     def __str__(self) -> str:
         parts = [self.criterion, *[self.allocation] * (self.allocation != "uniform")]
-        return "+".join([*parts, *["least-squares"] * self.is_compensated, *["sequential"] * self.sequential])
+        refit = [_REFITS[self.cross_validates]] * self.is_compensated
+        return "+".join([*parts, *refit, *["sequential"] * self.sequential])
 
     @property
     def needs_statistics(self) -> bool:
@@ -90,6 +103,11 @@ class Method:
     def needs_grams(self) -> bool:
         """Whether it looks at Gram matrices of the dense model."""
         return self.is_compensated and not self.sequential
+
+    @property
+    def folds(self) -> int:
+        """How many Gram matrices of a layer it looks at: of as many parts of the calibration windows."""
+        return 0 if not self.is_compensated else FOLDS if self.cross_validates else 1
 
     @property
     def needs_text(self) -> bool:
@@ -261,13 +279,14 @@ class Chooser:
         if method.sequential:
             return [self._sequential(method, scores, target, plan) for target, plan in zip(targets, plans, strict=True)]
         if method.is_compensated:
-            return self.compensated(plans)
+            return self.compensated(plans, folds=method.folds)
         return [Pruned(plan) for plan in plans]
 
-    def compensated(self, plans: Sequence[PruningPlan]) -> list[Pruned]:
-        """Refits down projections for plans, in one pass over the calibration text."""
+    def compensated(self, plans: Sequence[PruningPlan], *, folds: int = 1) -> list[Pruned]:
+        """Refits down projections for plans, in one pass over the calibration text; several `folds` cross-validate."""
         with self._layers("refitting down_proj") as progress:
-            found = compensate(self._model, self._grams(), plans, on_layer=progress)
+            grams = self._grams() if folds == 1 else gram_folds(self._model, self._text(), folds)
+            found = compensate(self._model, grams, plans, on_layer=progress)
         texts = describe_windows(self._text(), self._names, self._date)
         return [
             Pruned(plan.compensated_on(plan.calibration or texts), compensation)
@@ -315,7 +334,7 @@ class Chooser:
                 method.criterion,
                 plan.widths,
                 statistics=self.statistics() if needs else None,
-                is_compensated=method.is_compensated,
+                folds=method.folds,
                 seed=method.seed,
                 on_layer=progress,
             )

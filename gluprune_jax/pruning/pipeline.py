@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gluprune_jax.data.documents import Document, read_documents
+from gluprune_jax.data.documents import Document, read_calibration
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
@@ -51,7 +51,13 @@ class Prunable(Protocol):
         """The day that the chat template writes into these documents, if any is a conversation and it writes one."""
 
     def calibration_windows(
-        self, documents: Sequence[Document], *, tokens: int, sequence_length: int, date: datetime.date | None
+        self,
+        documents: Sequence[Document],
+        *,
+        tokens: int,
+        sequence_length: int,
+        date: datetime.date | None,
+        progress: Progress,
     ) -> NDArray[np.int32]:
         """Texts as windows of token ids `[N, W]`, W = `sequence_length`, of at most `tokens` in all."""
 
@@ -109,7 +115,8 @@ def prune_model(
       pad_to: what the files that `target_bytes` is of will be padded to; as of `convert.save`.
       drop_layers: indices of the layers to remove whole.
       min_keep: the least share of its neurons that a layer keeps, where layers differ in width.
-      calibration: texts, each a file, a folder or a hub data set (`hub:OWNER/NAME`); see `data.documents`.
+      calibration: texts, each a file, a folder, a hub data set (`hub:OWNER/NAME`) or `self`, which the model writes
+        itself; with weights (`["self:0.5", "corpus.txt:0.5"]`) or without. See `data.documents`.
       calibration_tokens: how many tokens of them are used.
       sequence_length: tokens of a calibration window.
       statistics: of this model on these texts, collected before: a file, or what it holds.
@@ -145,12 +152,12 @@ def prune_model(
     if isinstance(statistics, str | PathLike):
         statistics = Statistics.load(str(statistics))
     _check_request(method, bool(names), statistics is not None, bool(drop_layers), calibration_tokens, sequence_length)
-    documents = read_documents(names, "`calibration`")
+    documents = read_calibration(names, "`calibration`")
     date = checkpoint.chat_date(documents, date)
     windows = None
     if documents:
         windows = checkpoint.calibration_windows(
-            documents, tokens=calibration_tokens, sequence_length=sequence_length, date=date
+            documents, tokens=calibration_tokens, sequence_length=sequence_length, date=date, progress=progress
         )
     chooser = Chooser(
         checkpoint.model if windows is None else checkpoint.runnable_model(),

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gluprune_jax.data.documents import self_seed
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened, unreadable
 from gluprune_jax.files.atomic import write_file_atomic
 from gluprune_jax.files.records import NUMBER, OBJECT, TEXT, WHOLE, list_of, problem, record_of
 from gluprune_jax.models.config import ModelConfig
 
 FORMAT, VERSION = "gluprune-statistics", 1
+# With which a model writes its own calibration text: 1, so that it is the model's own distribution.
+OWN_TEXT_TEMPERATURE = 1.0
 
 _HEAD = record_of(
     {
@@ -241,11 +244,18 @@ def describe_windows(
 ) -> dict[str, Any]:
     """What plans and statistics say of calibration windows `[N, W]`: texts, tokens, window, and a digest of the ids.
 
-    The date, YYYY-MM-DD, stands there only if the chat template wrote it into them.
+    The date, YYYY-MM-DD, stands there only if the chat template wrote it into them, and how the model wrote its own
+    text only if some of it is that.
     """
-    return {
-        "texts": list(names),
-        "tokens": int((windows >= 0).sum()),
-        "window": windows.shape[1],
-        "digest": f"sha256:{hashlib.sha256(np.ascontiguousarray(windows, '<i4').tobytes()).hexdigest()}",
-    } | ({} if date is None else {"date": date.isoformat()})
+    seed = next((seed for name in names if (seed := self_seed(name)) is not None), None)
+    own = {} if seed is None else {"own_text": {"seed": seed, "temperature": OWN_TEXT_TEMPERATURE}}
+    return (
+        {
+            "texts": list(names),
+            "tokens": int((windows >= 0).sum()),
+            "window": windows.shape[1],
+            "digest": f"sha256:{hashlib.sha256(np.ascontiguousarray(windows, '<i4').tobytes()).hexdigest()}",
+        }
+        | ({} if date is None else {"date": date.isoformat()})
+        | own
+    )

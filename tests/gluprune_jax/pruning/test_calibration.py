@@ -65,7 +65,7 @@ def test_statistics_are_sums_over_real_tokens(model: Decoder, windows: NDArray[n
 def test_the_gram_matrix_is_that_of_the_activations(model: Decoder, windows: NDArray[np.int32]) -> None:
     stream = Stream(model, windows)
     for i, a in enumerate(of_all(model, windows)):
-        _, gram = stream.observe(i, gram=True)
+        _, (gram,) = stream.observe(i, folds=1)
         np.testing.assert_allclose(gram, a.T @ a, rtol=1e-4, atol=1e-4)
         stream.advance(i)
 
@@ -98,7 +98,7 @@ def test_meshes_give_the_same_statistics(model: Decoder, windows: NDArray[np.int
             largest = float(np.abs(getattr(a, name)).max())
             np.testing.assert_allclose(getattr(b, name), getattr(a, name), rtol=5e-5, atol=5e-6 * largest)
     stream = Stream(sharded, windows)
-    _, gram = stream.observe(0, gram=True)
+    _, (gram,) = stream.observe(0, folds=1)
     assert gram is not None
     assert gram.sharding.shard_shape(gram.shape)[0] == gram.shape[0] // shape.model
     a = of_all(model, windows)[0]
@@ -395,7 +395,7 @@ def test_one_program_serves_all_layers_and_one_gram_matrix_exists(
     compiled.clear_cache()
     stream = Stream(model, windows, batch_tokens=16)
     for i in range(3):
-        stream.observe(i, gram=True)
+        stream.observe(i, folds=1)
         stream.advance(i)
         grams = [array for array in jax.live_arrays() if array.shape == (83, 83)]
         assert len(grams) <= 1
