@@ -17,6 +17,7 @@ from convert.families.names import TensorName, tensor_names
 from convert.families.registry import FAMILIES
 from convert.gguf.sizes import check_file_type, metadata_bytes, tensor_bytes, with_width
 from convert.shards import all_finite
+from gluprune_jax import progress as work
 from gluprune_jax.data.documents import Document
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.records import OBJECT, check, parse
@@ -24,7 +25,6 @@ from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model, num_bytes, parameters_of, with_parameters
 from gluprune_jax.parallel.mesh import shape_of, to_host
-from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.methods import Pruned, as_pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights, mlp_weights
@@ -148,7 +148,7 @@ class Checkpoint:
         sequence_length: int,
         chat_template: str | None = None,
         date: datetime.date | None = None,
-        progress: Progress = no_progress,
+        progress: work.Progress = work.no_progress,
     ) -> NDArray[np.int32]:
         """Calibration text in the model's own tokens: see `convert.calibration_text.calibration_windows`."""
         from convert.calibration_text import calibration_windows  # here: it needs tokenizers, which take a second

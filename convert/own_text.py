@@ -11,6 +11,7 @@ another method or size does not write it again. The tokens depend on the seed an
 however many are written at once, and differ between meshes or devices only where rounding decides a draw.
 """
 
+import contextlib
 import datetime
 import hashlib
 import io
@@ -168,10 +169,8 @@ def _kept(about: list[Any], write: Callable[[], NDArray[np.int32]]) -> NDArray[n
     windows = write()
     buffer = io.BytesIO()
     np.savez(buffer, windows=windows, sha256=np.frombuffer(hashlib.sha256(windows.tobytes()).digest(), np.uint8))
-    try:
+    with contextlib.suppress(GlupruneError):  # nothing is lost but time
         write_file_atomic(path, buffer.getvalue(), overwrite=True)
-    except GlupruneError:  # nothing is lost but time
-        pass
     return windows
 
 

@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compensate",
         choices=COMPENSATIONS,
         default="none",
-        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them; 'cv-' only as "
-        "far as that helps on calibration windows that are held out",
+        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them; 'cv-' "
+        "only as far as that helps on calibration windows that are held out",
     )
     which.add_argument(
         "--sequential",

@@ -13,8 +13,8 @@ The damping lambda is `DAMPING` times the mean of G's diagonal over the kept neu
 damped matrix, or the error it leaves is larger than without, it is multiplied by ten until neither is so.
 
 What is fitted to one text may harm another (arXiv 2510.07782). `cross_validate_layer` chooses, for each layer, the
-damping and how much of the change is made by the error on windows that are held out in turn: G is a sum over windows, so
-one matrix for each part of them is all that takes.
+damping and how much of the change is made by the error on windows that are held out in turn: G is a sum over windows,
+so one matrix for each part of them is all that takes.
 
 The system is solved for all F neurons at once, the removed ones apart from the others, so one compiled program serves
 every width. On a mesh G is divided over its rows; the factor is on every device of a replica, the columns of the right
@@ -88,7 +88,7 @@ def least_squares(
 
 def _change(gram: Array, weights: Array, mask: Array, damping: Array) -> Array:
     """What is added to the kept rows of the weights `[F, D]` float32; for the other arguments see `least_squares`."""
-    F, D = weights.shape
+    F = weights.shape[0]
     chex.assert_shape([gram, mask, damping], [(F, F), (F,), ()])
     chex.assert_type([gram, mask], jnp.float32)
     scale = jnp.sum(jnp.diagonal(gram) * mask) / jnp.maximum(jnp.sum(mask), 1)
@@ -120,8 +120,8 @@ def held_out_sums(total: Array, fold: Array, down_proj: Array, mask: Array, damp
       damping: as for `least_squares`.
 
     Returns:
-      `[4]` float32: the sum of squares of the layer's output, `|r|^2`, `r.c` and `|c|^2`, on the fold. What is not finite
-      could not be factored.
+      `[4]` float32: the sum of squares of the layer's output, `|r|^2`, `r.c` and `|c|^2`, on the fold. What is not
+      finite could not be factored.
     """
     weights = down_proj.astype(jnp.float32).T
     change = _change(total - fold, weights, mask, damping)

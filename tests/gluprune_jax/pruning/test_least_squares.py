@@ -295,7 +295,9 @@ def test_the_held_out_errors_are_those_of_the_outputs(seed: int) -> None:
     a, down, mask = problem(seed, 120)
     parts = np.split(a, 3)
     new, fit = cross_validate_layer(None, 0, folds_of(*parts), jnp.asarray(down), mask)
-    assert fit.damping in DAMPINGS and 0 <= fit.strength <= 1 and fit.held_out is not None
+    assert fit.damping in DAMPINGS
+    assert 0 <= fit.strength <= 1
+    assert fit.held_out is not None
     errors, lost = 0.0, 0.0
     for i, part in enumerate(parts):
         fitted, _ = solved(np.concatenate([p for j, p in enumerate(parts) if j != i]), down, mask, fit.damping)
@@ -318,7 +320,8 @@ def test_nothing_is_repaired_where_that_helps_no_other_text() -> None:
     down = rng.standard_normal((7, 24)).astype(np.float32)
     mask = np.repeat(np.float32([1, 0]), 12)
     new, fit = cross_validate_layer(None, 0, folds_of(*parts), jnp.asarray(down), mask)
-    assert fit.strength == 0 and fit.held_out[0] == pytest.approx(fit.held_out[1])
+    assert fit.strength == 0
+    assert fit.held_out[0] == pytest.approx(fit.held_out[1])
     np.testing.assert_array_equal(new, mask * down)
     _, plain = compensate_layer(None, 0, sum(folds_of(*parts)), jnp.asarray(down), mask)
     assert plain.strength == 1
@@ -327,7 +330,8 @@ def test_nothing_is_repaired_where_that_helps_no_other_text() -> None:
 def test_much_text_is_fitted_in_full() -> None:
     a, down, mask = problem(3, 4000)
     _, fit = cross_validate_layer(None, 0, folds_of(*np.split(a, 4)), jnp.asarray(down), mask)
-    assert fit.strength > 0.99 and fit.damping == DAMPINGS[0]
+    assert fit.strength > 0.99
+    assert fit.damping == DAMPINGS[0]
 
 
 def test_a_gram_matrix_that_is_no_number_is_refused_in_cross_validation() -> None:
@@ -349,7 +353,7 @@ def test_folds_are_of_windows_that_follow_each_other(model: Decoder, windows: ND
 
 
 def test_too_few_windows_for_the_folds_are_refused(model: Decoder, windows: NDArray[np.int32]) -> None:
-    with pytest.raises(RequestError, match="7 calibration windows are too few .* give at least 8"):
+    with pytest.raises(RequestError, match=r"7 calibration windows are too few .* give at least 8"):
         next(gram_folds(model, windows[:7], FOLDS))
 
 
@@ -359,10 +363,13 @@ def test_cross_validation_at_once_in_order_and_on_a_mesh(model: Decoder, windows
     _, in_order = prune_in_order(model, windows, "ppm", plan.widths, statistics=None, folds=FOLDS)
     np.testing.assert_allclose(one.down_projs[0], in_order.down_projs[0], rtol=1e-4, atol=1e-5)
     summary = one.summary()
-    assert summary["method"] == "cross-validated least-squares" and len(summary["strength"]) == 3
+    assert summary["method"] == "cross-validated least-squares"
+    assert len(summary["strength"]) == 3
     assert all(a >= b for a, b in zip(summary["held_out_error_without"], summary["held_out_error"], strict=True))
     sharded = shard_model(model, make_mesh(MeshShape(2, 2), model.config.num_key_value_heads))
     (many,) = compensate(sharded, gram_folds(sharded, windows, FOLDS), [plan])
     for a, b in zip(one.fits, many.fits, strict=True):
-        assert a is not None and b is not None and a.damping == b.damping
+        assert a is not None
+        assert b is not None
+        assert a.damping == b.damping
         np.testing.assert_allclose([a.strength, *(a.held_out or ())], [b.strength, *(b.held_out or ())], rtol=1e-3)
