@@ -8,7 +8,7 @@ from typing import Protocol
 from gluprune_jax.cli import options
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Method
 
 COMPENSATIONS = ("none", "least-squares", "cv-least-squares")
@@ -120,7 +120,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> Meth
     if request.statistics and not has_use:
         raise RequestError(f"--statistics has no effect with --criterion {method.criterion}; {remedy}, or leave it out")
     # Sensitivities are another pass over the text: statistics may be without.
-    may_add = "sensitivity" in inputs_of(find_criterion(request.criterion)[1])
+    may_add = not set(SENSITIVITIES).isdisjoint(inputs_of(find_criterion(request.criterion)[1]))
     needs_text = method.needs_text or (has_use and (may_add or not request.statistics))
     if request.calibration and not (needs_text or request.statistics_out):
         what = "with --statistics" if request.statistics else f"with --criterion {method.criterion}"

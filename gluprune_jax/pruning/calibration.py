@@ -30,7 +30,7 @@ from gluprune_jax.data.packing import PADDING
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder, DecoderLayer, embed
-from gluprune_jax.models.loss import cross_entropy, sum_over_positions
+from gluprune_jax.models.loss import cross_entropy, entropy, sum_over_positions
 from gluprune_jax.models.parameters import abstract_model, with_parameters
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, shape_of, to_host, use_mesh
 from gluprune_jax.parallel.sharding import constrain
@@ -382,6 +382,7 @@ def sensitivities(
     model: Decoder,
     windows: NDArray[np.int32],
     *,
+    of_entropy: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     on_windows: Callable[[int], None] | None = None,
 ) -> list[NDArray[np.float32]]:
@@ -394,6 +395,8 @@ def sensitivities(
     Args:
       model: the model, on any mesh.
       windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      of_entropy: L is the sum of the entropies of what the model predicts behind each token, which looks at no labels
+        (arXiv 2603.08083).
       batch_tokens: how many tokens a replica computes at once.
       on_windows: called with how many windows are done.
 
@@ -409,7 +412,7 @@ def sensitivities(
             for graphdef, state in parts:
                 inputs.append(_forward(graphdef, state, inputs[-1]))
                 block_on_cpu(mesh, inputs[-1])
-            gradient = _loss_gradient(config, _head(model), tokens, inputs.pop())
+            gradient = _loss_gradient(config, of_entropy, _head(model), tokens, inputs.pop())
             block_on_cpu(mesh, gradient)
             for i, (graphdef, state) in reversed(list(enumerate(parts))):
                 gradient, added = backward_layer(graphdef, state, inputs.pop(), gradient)
@@ -432,10 +435,23 @@ def _forward(graphdef: Any, state: Any, x: Array) -> Array:
     return _run(nnx.merge(graphdef, state), x, None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_gradient(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> Array:
-    gradient: Array = jax.grad(lambda x: jnp.sum(_losses(config, head, tokens, x)[0]))(x)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss_gradient(config: ModelConfig, of_entropy: bool, head: dict[str, Array], tokens: Array, x: Array) -> Array:
+    def total(x: Array) -> Array:
+        return jnp.sum(_entropies(config, head, tokens, x) if of_entropy else _losses(config, head, tokens, x)[0])
+
+    gradient: Array = jax.grad(total)(x)
     return gradient
+
+
+def _entropies(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> Array:
+    """Sums `[B]` of the entropies of what is predicted behind each token of a window."""
+    model = with_parameters(abstract_model(config), head)
+
+    def entropies(hidden: Array, is_token: Array) -> Array:
+        return jnp.sum(jnp.where(is_token, entropy(model.logits(hidden)), 0), axis=1)
+
+    return sum_over_positions(entropies, model.norm(x), tokens >= 0, most_tokens=_LOGITS_TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=0)

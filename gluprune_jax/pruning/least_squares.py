@@ -42,7 +42,7 @@ from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, to_host, us
 from gluprune_jax.parallel.sharding import constrain, is_divided, partition_spec, per_shard
 from gluprune_jax.pruning import cholesky
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Stream
-from gluprune_jax.pruning.criteria import Criterion, find_criterion
+from gluprune_jax.pruning.criteria import SENSITIVITIES, Criterion, find_criterion
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import check_statistics, mlp_weights, score_neurons, select_neurons
 from gluprune_jax.pruning.statistics import Statistics
@@ -50,8 +50,8 @@ from gluprune_jax.pruning.statistics import Statistics
 DAMPING = 1e-3
 _MOST_DAMPING = 1e3
 # Of cross-validation: what is tried, and on how many parts of the windows.
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
-FOLDS = 4
+DAMPINGS = (1e-3, 1e-2, 1e-1)
+FOLDS = 3
 
 
 # --------------------------------------------------------------------------------------------------------- a layer
@@ -106,10 +106,10 @@ def _change(gram: Array, weights: Array, mask: Array, damping: Array) -> Array:
 
 
 @jax.jit
-def held_out_sums(total: Array, fold: Array, down_proj: Array, mask: Array, damping: Array) -> Array:
-    """Of a change that was fitted without a fold, what its error on that fold is made of.
+def held_out_sums(total: Array, fold: Array, down_proj: Array, mask: Array, dampings: Array) -> tuple[Array, Array]:
+    """Of changes that were fitted without a fold, what their errors on that fold are made of.
 
-    With the removed neurons' output r and the change's output c, each on the fold's tokens, a change of strength s
+    With the removed neurons' output r and a change's output c, each on the fold's tokens, a change of strength s
     leaves the error `|r - s c|^2 = |r|^2 - 2 s r.c + s^2 |c|^2`: no other pass is needed for any strength.
 
     Args:
@@ -117,21 +117,26 @@ def held_out_sums(total: Array, fold: Array, down_proj: Array, mask: Array, damp
       fold: that of the one which is held out, `[F, F]` float32.
       down_proj: `[D, F]`, any float dtype.
       mask: `[F]` float32, 1 for the kept neurons.
-      damping: as for `least_squares`.
+      dampings: `[K]` float32, each as for `least_squares`.
 
     Returns:
-      `[4]` float32: the sum of squares of the layer's output, `|r|^2`, `r.c` and `|c|^2`, on the fold. What is not
-      finite could not be factored.
+      on the fold, float32: the sum of squares of the layer's output and `|r|^2`, `[2]`; and `r.c` and `|c|^2` with each
+      damping, `[K, 2]`, not finite where the matrix could not be factored.
     """
     weights = down_proj.astype(jnp.float32).T
-    change = _change(total - fold, weights, mask, damping)
     removed = (1 - mask)[:, None] * weights
 
-    def product(a: Array, b: Array) -> Array:
-        return jnp.sum(a * jnp.matmul(fold, b, precision="highest"))
+    def seen(x: Array) -> Array:
+        return jnp.matmul(fold, x, precision="highest")
 
-    pairs = ((weights, weights), (removed, removed), (removed, change), (change, change))
-    return constrain(jnp.stack([product(*pair) for pair in pairs]))
+    seen_removed = seen(removed)
+
+    def of_change(damping: Array) -> Array:
+        change = _change(total - fold, weights, mask, damping)
+        return jnp.stack([jnp.sum(change * seen_removed), jnp.sum(change * seen(change))])
+
+    lost = jnp.stack([jnp.sum(weights * seen(weights)), jnp.sum(removed * seen_removed)])
+    return constrain(lost), constrain(jax.lax.map(of_change, dampings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +210,15 @@ def cross_validate_layer(
     """
     with use_mesh(mesh):
         total: Array = _sum(list(folds))
-        found = []
-        for damping in DAMPINGS:
-            sums = [held_out_sums(total, fold, down_proj, mask, np.float32(damping)) for fold in folds]
-            output, without, along, size = np.sum([to_host(part) for part in sums], axis=0, dtype=np.float64).tolist()
-            if np.isfinite([along, size]).all():
-                strength = min(max(along / size, 0.0), 1.0) if size > 0 else 0.0
-                error = max(without - 2 * strength * along + strength**2 * size, 0.0)
-                found.append((error / (output or 1.0), without / (output or 1.0), damping, strength))
+        parts = [held_out_sums(total, fold, down_proj, mask, np.array(DAMPINGS, np.float32)) for fold in folds]
+    lost, changes = (np.sum([to_host(part) for part in column], 0, np.float64) for column in zip(*parts, strict=True))
+    output, without = lost.tolist()
+    found = []
+    for damping, (along, size) in zip(DAMPINGS, changes.tolist(), strict=True):
+        if np.isfinite([along, size]).all():
+            strength = min(max(along / size, 0.0), 1.0) if size > 0 else 0.0
+            error = max(without - 2 * strength * along + strength**2 * size, 0.0)
+            found.append((error / (output or 1.0), without / (output or 1.0), damping, strength))
     if not found:
         raise _unsolvable(i)
     error, without, damping, strength = min(found)
@@ -301,7 +307,7 @@ def compensate(
             if is_whole:
                 layers.append((mlp.down_proj, None))
             else:
-                refit = compensate_layer if isinstance(gram, Array) else cross_validate_layer
+                refit = cross_validate_layer if isinstance(gram, list | tuple) else compensate_layer
                 layers.append(refit(mesh, i, gram, mlp.down_proj, mask[i]))
         if on_layer:
             on_layer(i)
@@ -351,7 +357,8 @@ def prune_in_order(
     for i, (mlp, size) in enumerate(zip(mlp_weights(model), model.config.intermediate_sizes, strict=True)):
         observed, grams = stream.observe(i, folds=folds)
         if statistics is not None:
-            observed = dataclasses.replace(observed, sensitivity=statistics.layers[i].sensitivity)
+            dense = {part: getattr(statistics.layers[i], part) for part in SENSITIVITIES}
+            observed = dataclasses.replace(observed, **dense)
         scores = score_neurons(name, function, i, mlp, size, observed, seed, mesh)
         down, fit = mlp.down_proj, None
         if widths[i] < size:

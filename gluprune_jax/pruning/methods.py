@@ -18,7 +18,7 @@ from gluprune_jax.parallel.mesh import mesh_of, place, to_host
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.allocation import ALLOCATIONS, MIN_KEEP, by_cost, by_score, layer_costs
 from gluprune_jax.pruning.calibration import collect, gram_folds, gram_matrices, sensitivities
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
 from gluprune_jax.pruning.least_squares import (
     FOLDS,
     Compensation,
@@ -95,7 +95,7 @@ class Method:
 
     @property
     def depends_on_order(self) -> bool:
-        """Whether pruning in order gives another model: `sensitivity` is the dense model's in any order."""
+        """Whether pruning in order gives another model: sensitivities are the dense model's in any order."""
         inputs = inputs_of(find_criterion(self.criterion)[1])
         return self.is_compensated or not {"activation_norm", "mean_magnitude"}.isdisjoint(inputs)
 
@@ -172,8 +172,15 @@ class Chooser:
         self._grams_on_host: list[NDArray[np.float32]] | None = None
         self._scores: dict[tuple[str, int], Scores] = {}
 
-    def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
-        """Those of the model: given, or collected when they are first asked for; None without calibration text."""
+    def statistics(self, *sensitivities_of: str) -> Statistics | None:
+        """Those of the model: given, or collected when they are first asked for; None without calibration text.
+
+        Args:
+          sensitivities_of: those of `criteria.SENSITIVITIES` that are needed.
+
+        Raises:
+          RequestError: statistics of other text.
+        """
         if self._statistics is None and self._windows is not None:
             kept: list[NDArray[np.float32]] | None = None
             if self._refits and self._grams_on_host is None and self._has_room():
@@ -196,12 +203,15 @@ class Chooser:
                     "`statistics` are of other text than `calibration`; give the text that they were collected on, or "
                     "leave one of them out"
                 )
-        if found is not None and sensitivity and found.layers[0].sensitivity is None and self._windows is not None:
+        for name in sensitivities_of:
+            if found is None or self._windows is None or getattr(found.layers[0], name) is not None:
+                continue
             with self._progress("going back through the layers", len(self._windows), "windows") as progress:
-                values = sensitivities(self._model, self._windows, on_windows=progress)
-            layers = [dataclasses.replace(a, sensitivity=b) for a, b in zip(found.layers, values, strict=True)]
-            self._statistics = dataclasses.replace(found, layers=tuple(layers))
-        return self._statistics
+                of_entropy = name == "entropy_sensitivity"
+                values = sensitivities(self._model, self._windows, of_entropy=of_entropy, on_windows=progress)
+            layers = [dataclasses.replace(a, **{name: b}) for a, b in zip(found.layers, values, strict=True)]
+            found = self._statistics = dataclasses.replace(found, layers=tuple(layers))
+        return found
 
     def scores(self, criterion: str, seed: int = 0) -> Scores:
         """The scores by a criterion, computed once.
@@ -212,8 +222,13 @@ class Chooser:
         name, function = find_criterion(criterion)
         seed = seed if "key" in inputs_of(function, name) else 0
         if (criterion, seed) not in self._scores:
-            needed = "sensitivity" in inputs_of(function)
-            statistics = self.statistics(sensitivity=needed) if is_data_driven(function) else None
+            needed = [part for part in inputs_of(function) if part in SENSITIVITIES]
+            statistics = self.statistics(*needed) if is_data_driven(function) else None
+            if statistics and (lacking := [part for part in needed if getattr(statistics.layers[0], part) is None]):
+                raise RequestError(
+                    f"criterion {name!r} looks at the {lacking[0].replace('_', ' ')}, which these statistics lack; "
+                    f"collect them with `criterion` {name}, or give `calibration` TEXT too"
+                )
             with self._layers("scoring neurons") as progress:
                 self._scores[criterion, seed] = score(
                     self._model,

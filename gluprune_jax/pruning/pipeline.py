@@ -21,7 +21,7 @@ from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.allocation import MIN_KEEP
 from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, check_budget_allowed, target_within
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Chooser, Method, Pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
@@ -216,7 +216,7 @@ def _check_request(
     if has_statistics and not method.needs_statistics:
         raise RequestError(f"`statistics` have no effect with `method` {method}; leave them out")
     # Sensitivities are another pass over the text: statistics may be without.
-    may_add = "sensitivity" in inputs
+    may_add = not set(SENSITIVITIES).isdisjoint(inputs)
     if has_text and not (method.needs_text or (method.needs_statistics and (may_add or not has_statistics))):
         raise RequestError(f"`calibration` has no effect with `method` {method}; leave it out")
     for name, value in (("calibration_tokens", calibration_tokens), ("sequence_length", sequence_length)):

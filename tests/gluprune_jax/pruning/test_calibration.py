@@ -159,7 +159,27 @@ def test_sensitivity_is_the_gradient_by_a_mask(model: Decoder, windows: NDArray[
         np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * wanted.max())
 
 
+def test_the_sensitivity_of_the_entropy_looks_at_no_labels(model: Decoder, windows: NDArray[np.int32]) -> None:
+    def total(masks: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+        hidden, _ = model(tokens[None], neuron_masks=masks)
+        log_probs = jax.nn.log_softmax(model.logits(hidden)[0])
+        return -jnp.sum(jnp.exp(log_probs) * log_probs)
+
+    masks = tuple(jnp.ones(83) for _ in range(3))
+    gradient = jax.jit(jax.grad(total))
+    grads = [gradient(masks, jnp.asarray(window[window >= 0])) for window in windows]
+    expected = [np.mean([abs(np.asarray(grad[i])) for grad in grads], axis=0) for i in range(3)]
+    for found, wanted in zip(sensitivities(model, windows, of_entropy=True, batch_tokens=32), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * wanted.max())
+
+
 # -------------------------------------------------------------------------------------------------------- criteria
+
+
+def with_entropy(statistics: Statistics) -> Statistics:
+    """As if the sensitivity of the entropy were that of the loss."""
+    layers = [dataclasses.replace(layer, entropy_sensitivity=layer.sensitivity) for layer in statistics.layers]
+    return dataclasses.replace(statistics, layers=tuple(layers))
 
 
 def test_hybrid_wanda_activation_and_taylor_by_their_formulas(model: Decoder, windows: NDArray[np.int32]) -> None:
@@ -202,7 +222,7 @@ def test_hybrid_is_optipfairs_on_one_batch(model: Decoder, windows: NDArray[np.i
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_meshes_give_the_same_scores(model: Decoder, windows: NDArray[np.int32], shape: MeshShape) -> None:
-    statistics = collect(model, windows, sensitivity=True)
+    statistics = with_entropy(collect(model, windows, sensitivity=True))
     sharded = shard_model(model, make_mesh(shape, model.config.num_key_value_heads))
     for criterion in CRITERIA:
         one = score(model, criterion, statistics=statistics).values
@@ -250,6 +270,7 @@ def test_criteria_say_what_they_look_at() -> None:
         "activation",
         "wanda",
         "taylor",
+        "taylor-entropy",
     }
 
 
@@ -274,6 +295,7 @@ def test_statistics_are_saved_and_read_again(
     model: Decoder, windows: NDArray[np.int32], tmp_path: Path, sensitivity: bool
 ) -> None:
     statistics = collect(model, windows, names=["corpus.txt"], sensitivity=sensitivity)
+    statistics = with_entropy(statistics) if sensitivity else statistics
     statistics.save(tmp_path / "s.npz")
     assert same(Statistics.load(tmp_path / "s.npz"), statistics)
     assert statistics.texts["texts"] == ["corpus.txt"]

@@ -353,8 +353,8 @@ def test_folds_are_of_windows_that_follow_each_other(model: Decoder, windows: ND
 
 
 def test_too_few_windows_for_the_folds_are_refused(model: Decoder, windows: NDArray[np.int32]) -> None:
-    with pytest.raises(RequestError, match=r"7 calibration windows are too few .* give at least 8"):
-        next(gram_folds(model, windows[:7], FOLDS))
+    with pytest.raises(RequestError, match=r"5 calibration windows are too few .* give at least 6"):
+        next(gram_folds(model, windows[:5], FOLDS))
 
 
 def test_cross_validation_at_once_in_order_and_on_a_mesh(model: Decoder, windows: NDArray[np.int32]) -> None:
