@@ -49,6 +49,7 @@ from gluprune_jax.pruning.statistics import describe_windows
 RESULTS_FILE, TABLE_FILE = "comparison.json", "comparison.csv"
 PLOT_FILES = ("comparison.png", "comparison.svg")
 _PERPLEXITY = "token perplexity of "
+_WORST = "perplexity over that of the dense model, on the text where it rose most"
 FORMAT, VERSION = "gluprune-comparison", 1
 
 DESCRIPTION = f"""\
@@ -502,8 +503,14 @@ def measures(report: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapping[str
     def of_benchmark(name: str) -> Callable[[Mapping[str, Any]], float | None]:
         return lambda row: row.get("benchmarks", {}).get(name, {}).get("value")
 
-    texts = [(f"{_PERPLEXITY}{name}", of_text(name)) for name in report["evaluation"]["perplexity"]]
     dense = report["rows"][0]
+
+    def of_worst(row: Mapping[str, Any]) -> float:
+        return max(value / dense["perplexity"][name] for name, value in row["perplexity"].items())
+
+    texts = [(f"{_PERPLEXITY}{name}", of_text(name)) for name in report["evaluation"]["perplexity"]]
+    if len(texts) > 1:
+        texts.append((_WORST, of_worst))
     return texts + [
         (f"{name}, {about['metric']} ({about['items']} items)", of_benchmark(name))
         for name, about in dense.get("benchmarks", {}).items()
@@ -516,7 +523,7 @@ def tables(report: Mapping[str, Any]) -> Iterator[Table]:
     for title, value in measures(report):
         dense = value(report["rows"][0])
         assert dense is not None
-        digits = 2 if title.startswith(_PERPLEXITY) else 4
+        digits = 2 if title.startswith((_PERPLEXITY, _WORST)) else 4
         table = Table(title=f"{title} (dense {dense:,.{digits}f})", title_justify="left")
         found = summary(report, value)
         cells = {

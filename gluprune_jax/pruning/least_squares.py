@@ -211,14 +211,14 @@ def cross_validate_layer(
     with use_mesh(mesh):
         total: Array = _sum(list(folds))
         parts = [held_out_sums(total, fold, down_proj, mask, np.array(DAMPINGS, np.float32)) for fold in folds]
-    lost, changes = (np.sum([to_host(part) for part in column], 0, np.float64) for column in zip(*parts, strict=True))
-    output, without = lost.tolist()
+    output, without = np.sum([to_host(lost) for lost, _ in parts], axis=0, dtype=np.float64)
+    changes = np.sum([to_host(change) for _, change in parts], axis=0, dtype=np.float64)
     found = []
-    for damping, (along, size) in zip(DAMPINGS, changes.tolist(), strict=True):
+    for damping, along, size in zip(DAMPINGS, *changes.T.tolist(), strict=True):
         if np.isfinite([along, size]).all():
             strength = min(max(along / size, 0.0), 1.0) if size > 0 else 0.0
             error = max(without - 2 * strength * along + strength**2 * size, 0.0)
-            found.append((error / (output or 1.0), without / (output or 1.0), damping, strength))
+            found.append((float(error / (output or 1)), float(without / (output or 1)), damping, strength))
     if not found:
         raise _unsolvable(i)
     error, without, damping, strength = min(found)
@@ -278,7 +278,7 @@ def with_down_projections(model: Decoder, down_projs: Sequence[Array]) -> Decode
 
 def compensate(
     model: Decoder,
-    grams: Iterable[Array | Sequence[Array]],
+    grams: Iterable[Array | list[Array]],
     plans: Sequence[PruningPlan],
     *,
     on_layer: Callable[[int], None] | None = None,
@@ -307,14 +307,21 @@ def compensate(
             if is_whole:
                 layers.append((mlp.down_proj, None))
             else:
-                refit = cross_validate_layer if isinstance(gram, list | tuple) else compensate_layer
-                layers.append(refit(mesh, i, gram, mlp.down_proj, mask[i]))
+                layers.append(_refit(mesh, i, gram if isinstance(gram, list) else [gram], mlp.down_proj, mask[i]))
         if on_layer:
             on_layer(i)
     return [
         Compensation(tuple(down for down, _ in layers), tuple(fit for _, fit in layers), in_order=False)
         for layers in found
     ]
+
+
+def _refit(
+    mesh: Mesh | None, i: int, grams: Sequence[Array], down_proj: Array, mask: NDArray[np.float32]
+) -> tuple[Array, Fit]:
+    if len(grams) > 1:
+        return cross_validate_layer(mesh, i, grams, down_proj, mask)
+    return compensate_layer(mesh, i, grams[0], down_proj, mask)
 
 
 def prune_in_order(
@@ -364,12 +371,10 @@ def prune_in_order(
         if widths[i] < size:
             mask = np.zeros(mlp.gate_proj.shape[0], np.float32)
             mask[select_neurons(scores, widths[i])] = 1
-            if not grams:
-                down = without_neurons(mesh, down, mask)
-            elif len(grams) == 1:
-                down, fit = compensate_layer(mesh, i, grams[0], down, mask)
+            if grams:
+                down, fit = _refit(mesh, i, grams, down, mask)
             else:
-                down, fit = cross_validate_layer(mesh, i, grams, down, mask)
+                down = without_neurons(mesh, down, mask)
             block_on_cpu(mesh, down)
         stream.advance(i, down)
         values.append(scores)

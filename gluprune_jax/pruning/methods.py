@@ -209,7 +209,8 @@ class Chooser:
             with self._progress("going back through the layers", len(self._windows), "windows") as progress:
                 of_entropy = name == "entropy_sensitivity"
                 values = sensitivities(self._model, self._windows, of_entropy=of_entropy, on_windows=progress)
-            layers = [dataclasses.replace(a, **{name: b}) for a, b in zip(found.layers, values, strict=True)]
+            pairs: Iterator[tuple[Any, Any]] = zip(found.layers, values, strict=True)
+            layers = [dataclasses.replace(layer, **{name: value}) for layer, value in pairs]
             found = self._statistics = dataclasses.replace(found, layers=tuple(layers))
         return found
 
