@@ -101,8 +101,8 @@ class Method:
 
     @property
     def needs_grams(self) -> bool:
-        """Whether it looks at Gram matrices of the dense model."""
-        return self.is_compensated and not self.sequential
+        """Whether it looks at Gram matrices of the dense model, of all windows together."""
+        return self.is_compensated and not (self.sequential or self.cross_validates)
 
     @property
     def folds(self) -> int:

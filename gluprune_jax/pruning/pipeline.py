@@ -210,7 +210,9 @@ def _check_request(
             f"then prune what comes out"
         )
     if method.needs_text and not has_text:
-        raise RequestError(f"`method` {method} runs the model on calibration text; give `calibration`")
+        raise RequestError(
+            f"`method` {method} runs the model on calibration text; give `calibration`; 'self' is text of its own"
+        )
     if method.needs_statistics and not (has_text or has_statistics):
         raise RequestError(f"`method` {method} looks at activations; give `calibration` or `statistics`")
     if has_statistics and not method.needs_statistics:
