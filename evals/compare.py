@@ -506,7 +506,8 @@ def measures(report: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapping[str
     dense = report["rows"][0]
 
     def of_worst(row: Mapping[str, Any]) -> float:
-        return max(value / dense["perplexity"][name] for name, value in row["perplexity"].items())
+        ratios: list[float] = [value / dense["perplexity"][name] for name, value in row["perplexity"].items()]
+        return max(ratios)
 
     texts = [(f"{_PERPLEXITY}{name}", of_text(name)) for name in report["evaluation"]["perplexity"]]
     if len(texts) > 1:

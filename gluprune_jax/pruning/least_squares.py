@@ -211,14 +211,14 @@ def cross_validate_layer(
     with use_mesh(mesh):
         total: Array = _sum(list(folds))
         parts = [held_out_sums(total, fold, down_proj, mask, np.array(DAMPINGS, np.float32)) for fold in folds]
-    output, without = np.sum([to_host(lost) for lost, _ in parts], axis=0, dtype=np.float64)
-    changes = np.sum([to_host(change) for _, change in parts], axis=0, dtype=np.float64)
+    output, without = np.stack([to_host(lost) for lost, _ in parts]).sum(0, np.float64).tolist()
+    changes = np.stack([to_host(change) for _, change in parts]).sum(0, np.float64)
     found = []
-    for damping, along, size in zip(DAMPINGS, *changes.T.tolist(), strict=True):
+    for damping, (along, size) in zip(DAMPINGS, changes.tolist(), strict=True):
         if np.isfinite([along, size]).all():
             strength = min(max(along / size, 0.0), 1.0) if size > 0 else 0.0
             error = max(without - 2 * strength * along + strength**2 * size, 0.0)
-            found.append((float(error / (output or 1)), float(without / (output or 1)), damping, strength))
+            found.append((error / (output or 1.0), without / (output or 1.0), damping, strength))
     if not found:
         raise _unsolvable(i)
     error, without, damping, strength = min(found)

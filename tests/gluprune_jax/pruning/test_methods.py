@@ -213,7 +213,7 @@ def test_a_refit_that_is_cross_validated(folder: Path, argv: list[object], capsy
     assert len(done["strength"]) == len(done["dampings"])
     pairs = zip(done["held_out_error"], done["held_out_error_without"], strict=True)
     assert all(after <= before for after, before in pairs)
-    done = report(capsys, *argv, *options, "--sequential")["compensation"]
+    done = report(capsys, *argv, *options, "--sequential", "--overwrite")["compensation"]
     assert done["in_order"] is True
     assert done["folds"] == 3
 
