@@ -17,6 +17,7 @@ from convert.families.names import TensorName, tensor_names
 from convert.families.registry import FAMILIES
 from convert.gguf.sizes import check_file_type, metadata_bytes, tensor_bytes, with_width
 from convert.shards import all_finite
+from gluprune_jax import progress as work
 from gluprune_jax.data.documents import Document
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.records import OBJECT, check, parse
@@ -147,12 +148,19 @@ class Checkpoint:
         sequence_length: int,
         chat_template: str | None = None,
         date: datetime.date | None = None,
+        progress: work.Progress = work.no_progress,
     ) -> NDArray[np.int32]:
         """Calibration text in the model's own tokens: see `convert.calibration_text.calibration_windows`."""
         from convert.calibration_text import calibration_windows  # here: it needs tokenizers, which take a second
 
         return calibration_windows(
-            self, documents, tokens=tokens, sequence_length=sequence_length, chat_template=chat_template, date=date
+            self,
+            documents,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            chat_template=chat_template,
+            date=date,
+            progress=progress,
         )
 
     def pruned(self, pruned: Pruned | PruningPlan, *, donate: bool = False) -> Self:

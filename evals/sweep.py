@@ -37,7 +37,7 @@ from evals.study.rows import ResumableRows, recorded_dates
 from evals.study.study import DENSE
 from gluprune_jax.cli import method_options, options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
-from gluprune_jax.data.documents import contents, read_documents
+from gluprune_jax.data.documents import contents, read_calibration
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.files.atomic import check_file
 from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_errors
@@ -220,7 +220,7 @@ def _sweep(request: SweepRequest, command: str) -> None:
         }
         for one in loaded:
             check_testable(one, limits[one.benchmark.name])
-        documents = read_documents(request.calibration, "--calibration-data", terminal.note)
+        documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
     check_same("the texts of --calibration-data", contents(documents))
     eval_options.use_compilation_cache()
     with terminal.byte_progress() as progress:
@@ -257,6 +257,7 @@ def _sweep(request: SweepRequest, command: str) -> None:
                 sequence_length=request.sequence_length,
                 chat_template=request.chat_template,
                 date=text_date,
+                progress=terminal.count_progress,
             )
     calibration = None if windows is None else describe_windows(windows, request.calibration, text_date)
     rows = ResumableRows.open(

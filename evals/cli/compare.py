@@ -30,7 +30,7 @@ from evals.study.grid import Chooses, Grid, parse_methods, sizes
 from evals.study.rows import ResumableRows, recorded_dates
 from evals.study.samples import PROMPT_TOKENS, Sampler
 from gluprune_jax.cli import method_options, terminal
-from gluprune_jax.data.documents import contents, evaluation_text, read_documents
+from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.files.atomic import check_file, write_file_atomic
 from gluprune_jax.memory.mesh_choice import mesh_chooser
@@ -44,6 +44,7 @@ from gluprune_jax.pruning.scores import fingerprint
 from gluprune_jax.pruning.statistics import describe_windows
 
 _PERPLEXITY = "token perplexity of "
+_WORST = "perplexity over that of the dense model, on the text where it rose most"
 
 
 def compare(request: CompareRequest) -> None:
@@ -69,7 +70,7 @@ def compare(request: CompareRequest) -> None:
             tasks = choose_benchmarks(None, request.tasks)
             limits = eval_options.parse_limit(request.limit, [benchmark.name for benchmark in tasks[0]])
         texts = {name: evaluation_text(name, terminal.note) for name in request.eval_data}
-        documents = read_documents(request.calibration, "--calibration-data", terminal.note)
+        documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
     check_same("the texts of --eval-data", (text.encode() for text in texts.values()))
     check_same("the texts of --calibration-data", contents(documents))
     with terminal.byte_progress() as progress:
@@ -97,6 +98,7 @@ def compare(request: CompareRequest) -> None:
                 sequence_length=request.sequence_length,
                 chat_template=request.chat_template,
                 date=date,
+                progress=terminal.count_progress,
             )
         check_targets(checkpoint.config, targets)
     meter = _Meter(request, checkpoint, texts, tasks, limits)
@@ -382,8 +384,15 @@ def measures(report: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapping[str
     def of_benchmark(name: str) -> Callable[[Mapping[str, Any]], float | None]:
         return lambda row: row.get("benchmarks", {}).get(name, {}).get("value")
 
-    texts = [(f"{_PERPLEXITY}{name}", of_text(name)) for name in report["evaluation"]["perplexity"]]
     dense = report["rows"][0]
+
+    def of_worst(row: Mapping[str, Any]) -> float:
+        ratios: list[float] = [value / dense["perplexity"][name] for name, value in row["perplexity"].items()]
+        return max(ratios)
+
+    texts = [(f"{_PERPLEXITY}{name}", of_text(name)) for name in report["evaluation"]["perplexity"]]
+    if len(texts) > 1:
+        texts.append((_WORST, of_worst))
     return texts + [
         (f"{name}, {about['metric']} ({about['items']} items)", of_benchmark(name))
         for name, about in dense.get("benchmarks", {}).items()
@@ -396,7 +405,7 @@ def tables(report: Mapping[str, Any]) -> Iterator[Table]:
     for title, value in measures(report):
         dense = value(report["rows"][0])
         assert dense is not None
-        digits = 2 if title.startswith(_PERPLEXITY) else 4
+        digits = 2 if title.startswith((_PERPLEXITY, _WORST)) else 4
         table = Table(title=f"{title} (dense {dense:,.{digits}f})", title_justify="left")
         found = summary(report, value)
         cells = {

@@ -65,14 +65,19 @@ def _answers(
     for text in texts:
         table.add_column(Text("token perplexity" + f" of {text}" * (len(texts) > 1)), justify="right")
         table.add_column("times dense", justify="right")
+    if len(texts) > 1:
+        table.add_column("worst text, times dense", justify="right")
     if sample is not None:
         table.add_column(Text(f"answer to: {sample['prompt']}"), overflow="fold", max_width=60)
     for method in order:
-        cells = [name(method)]
+        cells, ratios = [name(method)], []
         for text in texts:
             value = median(method, _perplexity_of(text))
             assert value is not None  # every model has been measured on every text
-            cells += [f"{value:,.2f}", f"{value / rows['dense']['perplexity'][text]:,.2f}"]
+            ratios.append(value / rows["dense"]["perplexity"][text])
+            cells += [f"{value:,.2f}", f"{ratios[-1]:,.2f}"]
+        if len(texts) > 1:
+            cells.append(f"{max(ratios):,.2f}")
         if sample is not None:
             cells.append(" ".join(rows[method].get("answer", "").split()))
         table.add_row(*map(Text, cells))

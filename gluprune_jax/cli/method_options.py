@@ -12,7 +12,7 @@ from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
 if TYPE_CHECKING:
     from gluprune_jax.pruning.methods import Method
 
-COMPENSATIONS = ("none", "least-squares")
+COMPENSATIONS = ("none", "least-squares", "cv-least-squares")
 
 
 class CalibrationRequest(Protocol):
@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compensate",
         choices=COMPENSATIONS,
         default="none",
-        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them",
+        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them; 'cv-' "
+        "only as far as that helps on calibration windows that are held out",
     )
     which.add_argument(
         "--sequential",
@@ -94,7 +95,11 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
     Raises:
       RequestError: options that do not go together.
     """
-    from gluprune_jax.pruning.criteria import find_criterion, inputs_of  # here: `add_arguments` needs no JAX
+    from gluprune_jax.pruning.criteria import (  # here: `add_arguments` needs no JAX
+        SENSITIVITIES,
+        find_criterion,
+        inputs_of,
+    )
     from gluprune_jax.pruning.methods import Method
 
     find_criterion(request.criterion)
@@ -102,9 +107,10 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
         request.criterion,
         request.allocation,
         request.min_keep,
-        request.compensate == "least-squares",
+        request.compensate != "none",
         request.sequential,
         request.seed,
+        request.compensate == "cv-least-squares",
     )
     check_calibration(request, [method], request.statistics, alternative=" or --statistics FILE")
     if request.statistics_out and request.statistics:
@@ -122,7 +128,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
     if request.statistics and not has_use:
         raise RequestError(f"--statistics has no effect with --criterion {method.criterion}; {remedy}, or leave it out")
     # Sensitivities are another pass over the text: statistics may be without.
-    may_add = "sensitivity" in inputs_of(find_criterion(request.criterion)[1])
+    may_add = not set(SENSITIVITIES).isdisjoint(inputs_of(find_criterion(request.criterion)[1]))
     needs_text = method.needs_text or (has_use and (may_add or not request.statistics))
     if request.calibration and not (needs_text or request.statistics_out):
         what = "with --statistics" if request.statistics else f"with --criterion {method.criterion}"

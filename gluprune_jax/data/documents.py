@@ -10,6 +10,7 @@ import collections
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,12 @@ from gluprune_jax.errors import OperationError, RequestError, shortened, unreada
 PYTHON_REFERENCE = "python-reference"
 CALIBRATION_HALF, HELD_OUT_HALF = f"{PYTHON_REFERENCE}:calibration", f"{PYTHON_REFERENCE}:held-out"
 _BUILT_IN = (PYTHON_REFERENCE, CALIBRATION_HALF, HELD_OUT_HALF)
+# Names the text that a model writes itself (arXiv 2512.02185); another number is another text.
+SELF = "self"
+SELF_HELP = (
+    f"'{SELF}' (or '{SELF}@SEED') for text that the model writes itself; several sources may have weights that add up "
+    f"to 1, as '{SELF}:0.5 corpus.txt:0.5'"
+)
 # Characters of a paragraph that two topics do not have in common by chance.
 _PARAGRAPH = 40
 # Documents of a hub data set that are looked at: more text than a calibration needs, less than a pre-training corpus.
@@ -58,11 +65,13 @@ class Document(NamedTuple):
       content: the text, or the messages.
       kind: how it was read.
       where: the file, with the line or the record, for errors.
+      source: the name that it was found under, and the share of the tokens that this has; None where no text has one.
     """
 
     content: str | Messages
     kind: Kind
     where: str
+    source: tuple[str, float] | None = None
 
 
 def read_text(name: str) -> str:
@@ -142,6 +151,61 @@ def read_documents(names: Iterable[str], flag: str, note: Callable[[str], None] 
             left_out = f"; files of other kinds are left out ({others:,})" if others else ""
             note(f"{flag} {name}: {_described(documents)}{left_out}")
     return found
+
+
+def read_calibration(names: Sequence[str], flag: str, note: Callable[[str], None] | None = None) -> list[Document]:
+    """The documents of calibration texts, which may have weights, and may be what the model is to write itself.
+
+    Args:
+      names: as for `read_documents`, `self` or `self@SEED`; all or none with a weight behind a colon.
+      flag: as for `read_documents`.
+      note: as for `read_documents`.
+
+    Returns:
+      the documents; where texts have weights, each with its `source`. What the model is still to write is a
+      conversation without a message, for `convert.own_text`, where `self` stands.
+
+    Raises:
+      RequestError: as for `read_documents`; weights of some texts and not of all, that are not above 0 or do not add
+        up to 1; several texts without weights, one of which the model writes.
+      OperationError: as for `read_documents`.
+    """
+    weighted = [_weighted(name) for name in names]
+    weights = [weight for _, weight in weighted if weight is not None]
+    is_own = [self_seed(name) is not None for name in names]
+    if any(is_own) and len(names) > 1 and not weights:
+        raise RequestError(
+            f"{flag} has {SELF} beside other texts, and nothing says how much of each: give weights, such as "
+            f"{SELF}:0.5 {next((name for name, own in zip(names, is_own, strict=True) if not own), SELF)}:0.5"
+        )
+    if weights and len(weights) < len(names):
+        without = next(name for name, weight in weighted if weight is None)
+        raise RequestError(f"{flag} {without} has no weight and others have; give all of them one, or none")
+    if weights and not (all(weight > 0 for weight in weights) and math.isclose(sum(weights), 1, abs_tol=1e-6)):
+        raise RequestError(
+            f"the weights of {flag} are {' + '.join(f'{weight:g}' for weight in weights)} = {sum(weights):g}; they "
+            f"must be above 0 and add up to 1"
+        )
+    if len(set(names)) < len(names) and weights:
+        raise RequestError(f"{flag} names a text twice; give it once, with the sum of the weights")
+    found: list[Document] = []
+    for text, weight in weighted:
+        own = self_seed(text) is not None
+        documents = [Document([], "chat", text)] if own else read_documents([text], flag, note)
+        found += [document._replace(source=None if weight is None else (text, weight)) for document in documents]
+    return found
+
+
+def _weighted(name: str) -> tuple[str, float | None]:
+    """A name without its weight, and the weight, if it has one; a file that is called so is a file."""
+    match = re.fullmatch(r"(.+):([0-9]*\.?[0-9]+)", name)
+    return (name, None) if match is None or os.path.exists(name) else (match[1], float(match[2]))
+
+
+def self_seed(name: str) -> int | None:
+    """The seed of the text that a model writes itself; None of the name of another text. A weight is not looked at."""
+    match = re.fullmatch(rf"{SELF}(?:@([0-9]+))?", _weighted(name)[0])
+    return None if match is None or os.path.exists(name) else int(match[1] or 0)
 
 
 def evaluation_text(name: str, note: Callable[[str], None] | None = None) -> str:

@@ -20,6 +20,13 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 
+def entropy(logits: Array) -> Array:
+    """Entropy in nats `[...]` of the distribution that logits `[..., V]` give, float32."""
+    logits = logits.astype(jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+
+
 def sum_over_positions(terms: Callable[..., T], *arrays: Array, most_tokens: int) -> T:
     """The sum of `terms(*parts)` over chunks of positions, each computed again in the backward pass.
 

@@ -18,7 +18,7 @@ from convert.store import save_pruned
 from convert.tokenizer import load_tokenizer, tokens_beyond
 from gluprune_jax.cli import terminal
 from gluprune_jax.cli.report import FORMAT_NAMES, changes, show_plan
-from gluprune_jax.data.documents import contents, evaluation_text, read_documents
+from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
 from gluprune_jax.errors import RequestError
 from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
 from gluprune_jax.memory.plan import Evaluation, Pruning
@@ -71,7 +71,7 @@ def run(request: PruneRequest, command: str) -> None:
 def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) -> None:
     with synchronize_errors():
         texts = [(name, evaluation_text(name, terminal.note)) for name in request.eval_data]
-        documents = read_documents(request.calibration, "--calibration-data", terminal.note)
+        documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
         statistics = None if request.statistics is None else Statistics.load(request.statistics)
         plan = None if request.plan is None else PruningPlan.load(request.plan)
         if plan is not None and plan.dropped_layers and request.random_baseline:
@@ -127,6 +127,7 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
                 sequence_length=request.sequence_length,
                 chat_template=request.chat_template,
                 date=date,
+                progress=terminal.count_progress,
             )
     chooser = methods.Chooser(
         model,

@@ -30,7 +30,7 @@ from gluprune_jax.data.packing import PADDING
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder, DecoderLayer, embed
-from gluprune_jax.models.loss import cross_entropy, sum_over_positions
+from gluprune_jax.models.loss import cross_entropy, entropy, sum_over_positions
 from gluprune_jax.models.parameters import abstract_model, with_parameters
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, shape_of, to_host, use_mesh
 from gluprune_jax.parallel.sharding import constrain
@@ -73,10 +73,10 @@ def collect(
     stream = Stream(model, windows, batch_tokens=batch_tokens)
     layers = []
     for i in range(model.config.num_hidden_layers):
-        observed, gram = stream.observe(i, gram=on_gram is not None)
-        if on_gram and gram is not None:
-            on_gram(gram)
-        del gram
+        observed, grams = stream.observe(i, folds=0 if on_gram is None else 1)
+        if on_gram:
+            on_gram(grams[0])
+        del grams
         influence = stream.advance(i)
         layers.append(dataclasses.replace(observed, influence=influence))
         if on_layer:
@@ -117,7 +117,7 @@ class Stream:
     def __init__(self, model: Decoder, windows: NDArray[np.int32], *, batch_tokens: int = BATCH_TOKENS):
         self._model, self._mesh = model, mesh_of(model)
         self._batches = list(batches(model, windows, batch_tokens))
-        self._tokens = int((windows >= 0).sum())
+        self._tokens, self._count = int((windows >= 0).sum()), len(windows)
         with use_mesh(self._mesh):
             self._hidden = [_embed(model.config, model.embed_tokens[...], tokens) for tokens in self._batches]
         block_on_cpu(self._mesh, self._hidden)
@@ -127,31 +127,46 @@ class Stream:
         """Another stream at the same place; what happens to one does not touch the other."""
         return copy.copy(self)  # arrays are never changed, and lists are replaced
 
-    def observe(self, i: int, *, gram: bool = False) -> tuple[LayerStatistics, Array | None]:
+    def observe(self, i: int, *, folds: int = 0) -> tuple[LayerStatistics, list[Array]]:
         """Statistics of layer `i`, into which the stream goes next; its `influence` is not known before `advance`.
 
         Args:
           i: the index of the layer.
-          gram: also the Gram matrix of the activations, `[F as stored, F as stored]` float32, divided over neurons.
+          folds: also so many Gram matrices of the activations, `[F as stored, F as stored]` float32 each, divided over
+            neurons: one of all windows, or of as many parts of them that follow each other.
 
         Raises:
+          RequestError: fewer than two windows for each of several folds.
           OperationError: they are not finite, naming the layer.
         """
+        if folds > 1:
+            check_folds(self._count, folds)
         layer: DecoderLayer = self._model.layers[i]
         graphdef, state = nnx.split(layer)
         attended = []
         with use_mesh(self._mesh):
-            sums: Sums = zero_sums(layer.mlp.gate_proj.shape[0], gram)
-            for tokens, hidden in zip(self._batches, self._hidden, strict=True):
-                mid, sums = observe_layer(graphdef, state, tokens, hidden, sums)
-                block_on_cpu(self._mesh, sums)
+            parts = [zero_sums(layer.mlp.gate_proj.shape[0], folds > 0) for _ in range(max(folds, 1))]
+            for tokens, hidden, members in zip(self._batches, self._hidden, self._members(folds), strict=True):
+                for number, member in members:
+                    seen = tokens if member is None else _only(tokens, place(self._mesh, member, "batch"))
+                    mid, parts[number] = observe_layer(graphdef, state, seen, hidden, parts[number])
+                    block_on_cpu(self._mesh, parts[number])
                 attended.append(mid)
         self._attended = attended
         width = self._model.config.intermediate_sizes[i]
-        squares, totals, magnitudes = (np.asarray(to_host(part))[:width] for part in sums[:3])
+        found = [[np.asarray(to_host(part))[:width] for part in sums[:3]] for sums in parts]
+        squares, totals, magnitudes = (functools.reduce(np.add, column) for column in zip(*found, strict=True))
         statistics = LayerStatistics(self._tokens, squares, totals, magnitudes, math.nan)
         check_finite(statistics, i)
-        return statistics, sums.gram
+        return statistics, [sums.gram for sums in parts if sums.gram is not None]
+
+    def _members(self, folds: int) -> Iterator[list[tuple[int, NDArray[np.bool_] | None]]]:
+        """Of each batch, the folds that have windows in it, and which `[B]`; None where that is all of them."""
+        size = self._batches[0].shape[0]
+        for start in range(0, len(self._batches) * size, size):
+            numbers = np.minimum(np.arange(start, start + size) * max(folds, 1) // self._count, max(folds, 1) - 1)
+            present = np.unique(numbers).tolist()
+            yield [(number, None if len(present) == 1 else numbers == number) for number in present]
 
     def advance(self, i: int, down_proj: Array | None = None) -> float:
         """Moves the stream behind layer `i`, and returns the layer's influence (see `LayerStatistics`).
@@ -199,13 +214,41 @@ def gram_matrices(model: Decoder, windows: NDArray[np.int32], *, batch_tokens: i
       RequestError: as for `Stream`.
       OperationError: activations that are not finite, naming the layer.
     """
+    for (gram,) in gram_folds(model, windows, 1, batch_tokens=batch_tokens):
+        yield gram
+
+
+def gram_folds(
+    model: Decoder, windows: NDArray[np.int32], folds: int, *, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[list[Array]]:
+    """As `gram_matrices`, of each of `folds` parts of the windows: those that follow each other are in the same one.
+
+    So windows of one document, or of one text of several, are mostly in one fold, and what is fitted without it has
+    not seen them.
+
+    Raises:
+      RequestError: as for `Stream`; fewer than two windows for each of several folds.
+      OperationError: activations that are not finite, naming the layer.
+    """
     stream = Stream(model, windows, batch_tokens=batch_tokens)
     for i in range(model.config.num_hidden_layers):
-        _, gram = stream.observe(i, gram=True)
-        assert gram is not None
-        yield gram
-        del gram
+        _, grams = stream.observe(i, folds=folds)
+        yield grams
+        del grams
         stream.advance(i)
+
+
+def check_folds(windows: int, folds: int) -> None:
+    """Makes sure that each fold has two windows.
+
+    Raises:
+      RequestError: it has not.
+    """
+    if windows < 2 * folds:
+        raise RequestError(
+            f"{windows} calibration windows are too few to hold some of them out {folds} times; give at least "
+            f"{2 * folds}: more `calibration_tokens`, or a smaller `sequence_length`"
+        )
 
 
 def batches(model: Decoder, windows: NDArray[np.int32], batch_tokens: int) -> Iterator[Array]:
@@ -247,6 +290,13 @@ def zero_sums(width: int, gram: bool) -> Sums:
     vectors = (constrain(jnp.zeros(width, jnp.float32), "neurons") for _ in range(3))
     matrix = constrain(jnp.zeros((width, width), jnp.float32), "neurons", None) if gram else None
     return Sums(next(vectors), next(vectors), next(vectors), matrix)
+
+
+@jax.jit
+def _only(tokens: Array, member: Array) -> Array:
+    """The tokens `[B, W]` of the windows that are members `[B]`, the others as padding."""
+    chex.assert_shape(member, tokens.shape[:1])
+    return constrain(jnp.where(member[:, None], tokens, PADDING), "batch", None)
 
 
 def _attended(layer: DecoderLayer, x: Array) -> Array:
@@ -332,6 +382,7 @@ def sensitivities(
     model: Decoder,
     windows: NDArray[np.int32],
     *,
+    of_entropy: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     on_windows: Callable[[int], None] | None = None,
 ) -> list[NDArray[np.float32]]:
@@ -344,6 +395,8 @@ def sensitivities(
     Args:
       model: the model, on any mesh.
       windows: `[N, W]` int32 token ids, filled up with `packing.PADDING`.
+      of_entropy: L is the sum of the entropies of what the model predicts behind each token, which looks at no labels
+        (arXiv 2603.08083).
       batch_tokens: how many tokens a replica computes at once.
       on_windows: called with how many windows are done.
 
@@ -359,7 +412,7 @@ def sensitivities(
             for graphdef, state in parts:
                 inputs.append(_forward(graphdef, state, inputs[-1]))
                 block_on_cpu(mesh, inputs[-1])
-            gradient = _loss_gradient(config, _head(model), tokens, inputs.pop())
+            gradient = _loss_gradient(config, of_entropy, _head(model), tokens, inputs.pop())
             block_on_cpu(mesh, gradient)
             for i, (graphdef, state) in reversed(list(enumerate(parts))):
                 gradient, added = backward_layer(graphdef, state, inputs.pop(), gradient)
@@ -382,10 +435,23 @@ def _forward(graphdef: Any, state: Any, x: Array) -> Array:
     return _run(nnx.merge(graphdef, state), x, None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_gradient(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> Array:
-    gradient: Array = jax.grad(lambda x: jnp.sum(_losses(config, head, tokens, x)[0]))(x)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss_gradient(config: ModelConfig, of_entropy: bool, head: dict[str, Array], tokens: Array, x: Array) -> Array:
+    def total(x: Array) -> Array:
+        return jnp.sum(_entropies(config, head, tokens, x) if of_entropy else _losses(config, head, tokens, x)[0])
+
+    gradient: Array = jax.grad(total)(x)
     return gradient
+
+
+def _entropies(config: ModelConfig, head: dict[str, Array], tokens: Array, x: Array) -> Array:
+    """Sums `[B]` of the entropies of what is predicted behind each token of a window."""
+    model = with_parameters(abstract_model(config), head)
+
+    def entropies(hidden: Array, is_token: Array) -> Array:
+        return jnp.sum(jnp.where(is_token, entropy(model.logits(hidden)), 0), axis=1)
+
+    return sum_over_positions(entropies, model.norm(x), tokens >= 0, most_tokens=_LOGITS_TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,6 +7,7 @@ The names of a criterion's parameters say what it looks at:
     activation_norm         L2 norm of each neuron's activation (the input of down_proj) over calibration tokens, `[F]`
     mean_magnitude          mean of its absolute value, `[F]`
     sensitivity             first-order change of the loss without it (`calibration.sensitivities`), `[F]`
+    entropy_sensitivity     the same of the output's entropy, which needs no labels, `[F]`
     key                     a PRNG key, another one for each layer
 
 It gives `[F]` float32 scores, higher is more important. Those that look at nothing but weights can be used without
@@ -34,7 +35,9 @@ from gluprune_jax.errors import RequestError
 
 Criterion = Callable[..., Array]
 WEIGHTS = ("gate", "up", "down")
-STATISTICS = ("activation_norm", "mean_magnitude", "sensitivity")
+# Those that are gradients of the dense model, and take another pass over the text each.
+SENSITIVITIES = ("sensitivity", "entropy_sensitivity")
+STATISTICS = ("activation_norm", "mean_magnitude", *SENSITIVITIES)
 INPUTS = (*WEIGHTS, *STATISTICS, "key")
 
 # ------------------------------------------------------------------------------------------------- arithmetic
@@ -156,6 +159,12 @@ def taylor(sensitivity: Array) -> Array:
     return sensitivity
 
 
+def taylor_entropy(entropy_sensitivity: Array) -> Array:
+    """As `taylor`, of the entropy of the model's output in place of the labels' loss (arXiv 2603.08083)."""
+    chex.assert_rank(entropy_sensitivity, 1)
+    return entropy_sensitivity
+
+
 # Those of the paper.
 WEIGHT_CRITERIA: dict[str, Criterion] = {"ppm": ppm, "vow": vow, "pon": pon, "l2": l2}
 CRITERIA: dict[str, Criterion] = WEIGHT_CRITERIA | {
@@ -164,6 +173,7 @@ CRITERIA: dict[str, Criterion] = WEIGHT_CRITERIA | {
     "activation": activation,
     "wanda": wanda,
     "taylor": taylor,
+    "taylor-entropy": taylor_entropy,
 }
 
 

@@ -17,10 +17,16 @@ from gluprune_jax.parallel.machine import host_memory
 from gluprune_jax.parallel.mesh import mesh_of, place, to_host
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.allocation import by_cost, by_score, layer_costs
-from gluprune_jax.pruning.calibration import collect, gram_matrices, sensitivities
+from gluprune_jax.pruning.calibration import collect, gram_folds, gram_matrices, sensitivities
 from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
-from gluprune_jax.pruning.least_squares import Compensation, compensate, prune_in_order, with_down_projections
+from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
+from gluprune_jax.pruning.least_squares import (
+    FOLDS,
+    Compensation,
+    compensate,
+    prune_in_order,
+    with_down_projections,
+)
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
 from gluprune_jax.pruning.scores import MLPWeights, Scores, is_data_driven, score
 from gluprune_jax.pruning.statistics import Statistics, describe_windows
@@ -28,7 +34,8 @@ from gluprune_jax.pruning.targets import chosen_layers, target_width
 
 # Of the memory that the host has free, for Gram matrices.
 _HOST_SHARE = 0.25
-_SHORT = {"ls": "least-squares"}
+_SHORT = {"ls": "least-squares", "cv-ls": "cv-least-squares"}
+_REFITS = ("least-squares", "cv-least-squares")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Method:
       sequential: whether each layer is scored on, and fitted to, what the pruned ones before it give (but for
         sensitivities, which are the dense model's).
       seed: of criteria that draw random numbers.
+      cross_validates: whether the refit is only as strong as helps on calibration windows that are held out.
     """
 
     criterion: str = "ppm"
@@ -51,6 +59,7 @@ class Method:
     is_compensated: bool = False
     sequential: bool = False
     seed: int = 0
+    cross_validates: bool = False
 
     @classmethod
     def parse(cls, text: str, *, min_keep: float = MIN_KEEP, seed: int = 0) -> "Method":
@@ -61,7 +70,7 @@ class Method:
         """
         criterion, *parts = (_SHORT.get(part, part) for part in text.split("+"))
         find_criterion(criterion)
-        known = (*ALLOCATIONS[1:], "least-squares", "sequential")
+        known = (*ALLOCATIONS[1:], *_REFITS, "sequential")
         if "in-order" in parts:
             raise RequestError(f"method {text!r} has 'in-order', which is called sequential now")
         if wrong := [part for part in parts if part not in known]:
@@ -70,11 +79,15 @@ class Method:
         if len(allocations) > 1:
             raise RequestError(f"method {text!r} has two allocations; give one")
         allocation = allocations[0] if allocations else "uniform"
-        return cls(criterion, allocation, min_keep, "least-squares" in parts, "sequential" in parts, seed)
+        refits = [part for part in parts if part in _REFITS]
+        if len(set(refits)) > 1:
+            raise RequestError(f"method {text!r} has {' and '.join(refits)}; give one")
+        return cls(criterion, allocation, min_keep, bool(refits), "sequential" in parts, seed, refits == [_REFITS[1]])
 
     def __str__(self) -> str:
         parts = [self.criterion, *[self.allocation] * (self.allocation != "uniform")]
-        return "+".join([*parts, *["least-squares"] * self.is_compensated, *["sequential"] * self.sequential])
+        refit = [_REFITS[self.cross_validates]] * self.is_compensated
+        return "+".join([*parts, *refit, *["sequential"] * self.sequential])
 
     @property
     def needs_statistics(self) -> bool:
@@ -83,14 +96,19 @@ class Method:
 
     @property
     def depends_on_order(self) -> bool:
-        """Whether pruning in order gives another model: `sensitivity` is the dense model's in any order."""
+        """Whether pruning in order gives another model: sensitivities are the dense model's in any order."""
         inputs = inputs_of(find_criterion(self.criterion)[1])
         return self.is_compensated or not {"activation_norm", "mean_magnitude"}.isdisjoint(inputs)
 
     @property
     def needs_grams(self) -> bool:
-        """Whether it looks at Gram matrices of the dense model."""
-        return self.is_compensated and not self.sequential
+        """Whether it looks at Gram matrices of the dense model, of all windows together."""
+        return self.is_compensated and not (self.sequential or self.cross_validates)
+
+    @property
+    def folds(self) -> int:
+        """How many Gram matrices of a layer it looks at: of as many parts of the calibration windows."""
+        return 0 if not self.is_compensated else FOLDS if self.cross_validates else 1
 
     @property
     def needs_text(self) -> bool:
@@ -155,8 +173,15 @@ class Chooser:
         self._grams_on_host: list[NDArray[np.float32]] | None = None
         self._scores: dict[tuple[str, int], Scores] = {}
 
-    def statistics(self, *, sensitivity: bool = False) -> Statistics | None:
-        """Those of the model: given, or collected when they are first asked for; None without calibration text."""
+    def statistics(self, *sensitivities_of: str) -> Statistics | None:
+        """Those of the model: given, or collected when they are first asked for; None without calibration text.
+
+        Args:
+          sensitivities_of: those of `criteria.SENSITIVITIES` that are needed.
+
+        Raises:
+          RequestError: statistics of other text.
+        """
         if self._statistics is None and self._windows is not None:
             kept: list[NDArray[np.float32]] | None = None
             if self._refits and self._grams_on_host is None and self._has_room():
@@ -179,12 +204,16 @@ class Chooser:
                     "`statistics` are of other text than `calibration`; give the text that they were collected on, or "
                     "leave one of them out"
                 )
-        if found is not None and sensitivity and found.layers[0].sensitivity is None and self._windows is not None:
+        for name in sensitivities_of:
+            if found is None or self._windows is None or getattr(found.layers[0], name) is not None:
+                continue
             with self._progress("going back through the layers", len(self._windows), "windows") as progress:
-                values = sensitivities(self._model, self._windows, on_windows=progress)
-            layers = [dataclasses.replace(a, sensitivity=b) for a, b in zip(found.layers, values, strict=True)]
-            self._statistics = dataclasses.replace(found, layers=tuple(layers))
-        return self._statistics
+                of_entropy = name == "entropy_sensitivity"
+                values = sensitivities(self._model, self._windows, of_entropy=of_entropy, on_windows=progress)
+            pairs: Iterator[tuple[Any, Any]] = zip(found.layers, values, strict=True)
+            layers = [dataclasses.replace(layer, **{name: value}) for layer, value in pairs]
+            found = self._statistics = dataclasses.replace(found, layers=tuple(layers))
+        return found
 
     def scores(self, criterion: str, seed: int = 0) -> Scores:
         """The scores by a criterion, computed once.
@@ -195,8 +224,13 @@ class Chooser:
         name, function = find_criterion(criterion)
         seed = seed if "key" in inputs_of(function, name) else 0
         if (criterion, seed) not in self._scores:
-            needed = "sensitivity" in inputs_of(function)
-            statistics = self.statistics(sensitivity=needed) if is_data_driven(function) else None
+            needed = [part for part in inputs_of(function) if part in SENSITIVITIES]
+            statistics = self.statistics(*needed) if is_data_driven(function) else None
+            if statistics and (lacking := [part for part in needed if getattr(statistics.layers[0], part) is None]):
+                raise RequestError(
+                    f"criterion {name!r} looks at the {lacking[0].replace('_', ' ')}, which these statistics lack; "
+                    f"collect them with `criterion` {name}, or give `calibration` TEXT too"
+                )
             with self._layers("scoring neurons") as progress:
                 self._scores[criterion, seed] = score(
                     self._model,
@@ -262,13 +296,14 @@ class Chooser:
         if method.sequential:
             return [self._sequential(method, scores, target, plan) for target, plan in zip(targets, plans, strict=True)]
         if method.is_compensated:
-            return self.compensated(plans)
+            return self.compensated(plans, folds=method.folds)
         return [Pruned(plan) for plan in plans]
 
-    def compensated(self, plans: Sequence[PruningPlan]) -> list[Pruned]:
-        """Refits down projections for plans, in one pass over the calibration text."""
+    def compensated(self, plans: Sequence[PruningPlan], *, folds: int = 1) -> list[Pruned]:
+        """Refits down projections for plans, in one pass over the calibration text; several `folds` cross-validate."""
         with self._layers("refitting down_proj") as progress:
-            found = compensate(self._model, self._grams(), plans, on_layer=progress)
+            grams = self._grams() if folds == 1 else gram_folds(self._model, self._text(), folds)
+            found = compensate(self._model, grams, plans, on_layer=progress)
         texts = describe_windows(self._text(), self._names, self._date)
         return [
             Pruned(plan.compensated_on(plan.calibration or texts), compensation)
@@ -316,7 +351,7 @@ class Chooser:
                 method.criterion,
                 plan.widths,
                 statistics=self.statistics() if needs else None,
-                is_compensated=method.is_compensated,
+                folds=method.folds,
                 seed=method.seed,
                 on_layer=progress,
             )

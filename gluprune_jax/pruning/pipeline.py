@@ -15,13 +15,13 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gluprune_jax.data.documents import Document, read_documents
+from gluprune_jax.data.documents import Document, read_calibration
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, check_budget_allowed, target_within
 from gluprune_jax.pruning.choices import MIN_KEEP
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Chooser, Method, Pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
@@ -51,7 +51,13 @@ class Prunable(Protocol):
         """The day that the chat template writes into these documents, if any is a conversation and it writes one."""
 
     def calibration_windows(
-        self, documents: Sequence[Document], *, tokens: int, sequence_length: int, date: datetime.date | None
+        self,
+        documents: Sequence[Document],
+        *,
+        tokens: int,
+        sequence_length: int,
+        date: datetime.date | None,
+        progress: Progress,
     ) -> NDArray[np.int32]:
         """Texts as windows of token ids `[N, W]`, W = `sequence_length`, of at most `tokens` in all."""
 
@@ -109,7 +115,8 @@ def prune_model(
       pad_to: what the files that `target_bytes` is of will be padded to; as of `convert.save`.
       drop_layers: indices of the layers to remove whole.
       min_keep: the least share of its neurons that a layer keeps, where layers differ in width.
-      calibration: texts, each a file, a folder or a hub data set (`hub:OWNER/NAME`); see `data.documents`.
+      calibration: texts, each a file, a folder, a hub data set (`hub:OWNER/NAME`) or `self`, which the model writes
+        itself; with weights (`["self:0.5", "corpus.txt:0.5"]`) or without. See `data.documents`.
       calibration_tokens: how many tokens of them are used.
       sequence_length: tokens of a calibration window.
       statistics: of this model on these texts, collected before: a file, or what it holds.
@@ -145,12 +152,12 @@ def prune_model(
     if isinstance(statistics, str | PathLike):
         statistics = Statistics.load(str(statistics))
     _check_request(method, bool(names), statistics is not None, bool(drop_layers), calibration_tokens, sequence_length)
-    documents = read_documents(names, "`calibration`")
+    documents = read_calibration(names, "`calibration`")
     date = checkpoint.chat_date(documents, date)
     windows = None
     if documents:
         windows = checkpoint.calibration_windows(
-            documents, tokens=calibration_tokens, sequence_length=sequence_length, date=date
+            documents, tokens=calibration_tokens, sequence_length=sequence_length, date=date, progress=progress
         )
     chooser = Chooser(
         checkpoint.model if windows is None else checkpoint.runnable_model(),
@@ -203,13 +210,15 @@ def _check_request(
             f"then prune what comes out"
         )
     if method.needs_text and not has_text:
-        raise RequestError(f"`method` {method} runs the model on calibration text; give `calibration`")
+        raise RequestError(
+            f"`method` {method} runs the model on calibration text; give `calibration`; 'self' is text of its own"
+        )
     if method.needs_statistics and not (has_text or has_statistics):
         raise RequestError(f"`method` {method} looks at activations; give `calibration` or `statistics`")
     if has_statistics and not method.needs_statistics:
         raise RequestError(f"`statistics` have no effect with `method` {method}; leave them out")
     # Sensitivities are another pass over the text: statistics may be without.
-    may_add = "sensitivity" in inputs
+    may_add = not set(SENSITIVITIES).isdisjoint(inputs)
     if has_text and not (method.needs_text or (method.needs_statistics and (may_add or not has_statistics))):
         raise RequestError(f"`calibration` has no effect with `method` {method}; leave it out")
     for name, value in (("calibration_tokens", calibration_tokens), ("sequence_length", sequence_length)):

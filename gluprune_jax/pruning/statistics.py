@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gluprune_jax.data.documents import self_seed
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened, unreadable
 from gluprune_jax.files.atomic import write_file_atomic
 from gluprune_jax.files.records import NUMBER, OBJECT, TEXT, WHOLE, list_of, problem, record_of
 from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.pruning.criteria import SENSITIVITIES
 
 FORMAT, VERSION = "gluprune-statistics", 1
+# With which a model writes its own calibration text: 1, so that it is the model's own distribution.
+OWN_TEXT_TEMPERATURE = 1.0
 
 _HEAD = record_of(
     {
@@ -46,7 +50,8 @@ class LayerStatistics:
       magnitudes: sums of `|a|`, `[F]` float32.
       influence: 1 - cos of the angle between what goes into the layer and what comes out of it, a mean over tokens:
         how much of a block is left out if it is dropped (arXiv 2403.03853).
-      sensitivity: see `sensitivities`, `[F]` float32; None where it was not asked for.
+      sensitivity: see `calibration.sensitivities`, `[F]` float32; None where it was not asked for.
+      entropy_sensitivity: the same of the entropy.
     """
 
     tokens: int
@@ -55,6 +60,7 @@ class LayerStatistics:
     magnitudes: NDArray[np.float32]
     influence: float
     sensitivity: NDArray[np.float32] | None = None
+    entropy_sensitivity: NDArray[np.float32] | None = None
 
     @property
     def activation_norm(self) -> NDArray[np.float32]:
@@ -72,7 +78,7 @@ class LayerStatistics:
         return (self.magnitudes / self.tokens).astype(np.float32)
 
 
-_ARRAYS = ("squares", "sums", "magnitudes", "sensitivity")
+_ARRAYS = ("squares", "sums", "magnitudes", *SENSITIVITIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +196,7 @@ class Statistics:
             )
         count = len(head["tokens"])
         known = {f"{name}_{i}" for name in _ARRAYS for i in range(count)}
-        missing = {name for name in known - found.keys() if not name.startswith("sensitivity")}
+        missing = {name for name in known - found.keys() if not name.startswith(SENSITIVITIES)}
         if not count or missing or found.keys() - known:
             names = sorted(missing) or sorted(found.keys() - known)
             reason = f"{'without' if missing else 'with an unknown'} {listed(names)}" if names else "without layers"
@@ -241,11 +247,18 @@ def describe_windows(
 ) -> dict[str, Any]:
     """What plans and statistics say of calibration windows `[N, W]`: texts, tokens, window, and a digest of the ids.
 
-    The date, YYYY-MM-DD, stands there only if the chat template wrote it into them.
+    The date, YYYY-MM-DD, stands there only if the chat template wrote it into them, and how the model wrote its own
+    text only if some of it is that.
     """
-    return {
-        "texts": list(names),
-        "tokens": int((windows >= 0).sum()),
-        "window": windows.shape[1],
-        "digest": f"sha256:{hashlib.sha256(np.ascontiguousarray(windows, '<i4').tobytes()).hexdigest()}",
-    } | ({} if date is None else {"date": date.isoformat()})
+    seed = next((seed for name in names if (seed := self_seed(name)) is not None), None)
+    own = {} if seed is None else {"own_text": {"seed": seed, "temperature": OWN_TEXT_TEMPERATURE}}
+    return (
+        {
+            "texts": list(names),
+            "tokens": int((windows >= 0).sum()),
+            "window": windows.shape[1],
+            "digest": f"sha256:{hashlib.sha256(np.ascontiguousarray(windows, '<i4').tobytes()).hexdigest()}",
+        }
+        | ({} if date is None else {"date": date.isoformat()})
+        | own
+    )

@@ -139,3 +139,21 @@ def test_a_model_may_answer_markup(capsys: Capture) -> None:
     for table in shown_tables({"by_layer": False, "rows": rows, "evaluation": evaluation}):
         terminal.console().print(table)
     assert capsys.readouterr().out.count("[/bold] [red] :smile:") == 2
+
+
+def test_of_several_texts_the_one_that_suffers_most_is_told(
+    argv: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "other.txt").write_text("0123456789 " * 40)
+    place = argv.index("--eval-data") + 2
+    options = [*argv[:place], tmp_path / "other.txt", *argv[place:]]
+    found = report(capsys, *options, "--prune-percent", 40)
+    dense, ppm, _ = found["rows"]
+    worst = max(ppm["perplexity"][text] / value for text, value in dense["perplexity"].items())
+    (table,) = shown_tables(found)
+    assert [list(column.cells)[1] for column in table.columns][-1].plain == f"{worst:,.2f}"
+    found = report(capsys, *options, "--prune-percent", "20,40")
+    *texts, last = shown_tables(found)
+    assert len(texts) == 2
+    assert "where it rose most (dense 1.00)" in str(last.title)
+    assert next(iter(last.columns[2].cells)) == f"{worst:,.2f}"

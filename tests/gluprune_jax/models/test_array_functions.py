@@ -12,10 +12,10 @@ from absl.testing import parameterized
 
 from gluprune_jax.models.attention import causal_attention
 from gluprune_jax.models.config import LayerAttention, ModelConfig, Rope
-from gluprune_jax.models.loss import cross_entropy, sum_over_positions
+from gluprune_jax.models.loss import cross_entropy, entropy, sum_over_positions
 from gluprune_jax.models.rope import rotate
 from gluprune_jax.pruning.cholesky import solve
-from gluprune_jax.pruning.criteria import CRITERIA, WEIGHT_CRITERIA, inputs_of
+from gluprune_jax.pruning.criteria import CRITERIA, STATISTICS, WEIGHT_CRITERIA, inputs_of
 from gluprune_jax.pruning.least_squares import least_squares
 from gluprune_jax.pruning.scores import select_neurons
 from gluprune_jax.pruning.slicing import slice_neurons
@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 def inputs(criterion: str) -> list[Any]:
     """What a criterion looks at, for a layer of F neurons."""
     known = {"gate": normal(F, D), "up": normal(F, D, seed=1), "down": normal(D, F, seed=2), "key": jax.random.key(0)}
-    vectors = {name: jnp.abs(normal(F, seed=3)) for name in ("activation_norm", "mean_magnitude", "sensitivity")}
+    vectors = {name: jnp.abs(normal(F, seed=3)) for name in STATISTICS}
     return [{**known, **vectors}[name] for name in inputs_of(CRITERIA[criterion])]
 
 
@@ -48,6 +48,15 @@ class Variants(chex.TestCase):
         # Those of weights alone have the same bits; a quotient (hybrid) may be fused with what follows it.
         tolerance = 0 if criterion in WEIGHT_CRITERIA else 1e-6
         np.testing.assert_allclose(scores, CRITERIA[criterion](*inputs(criterion)), rtol=tolerance, atol=0)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_the_entropy_is_the_mean_of_the_losses(self) -> None:
+        logits = normal(2, 3, 5)
+        found = self.variant(entropy)(logits)
+        probabilities = np.asarray(jax.nn.softmax(logits))
+        losses = [np.asarray(cross_entropy(logits, jnp.full((2, 3), target))) for target in range(5)]
+        np.testing.assert_allclose(found, np.sum(probabilities * np.stack(losses, -1), -1), rtol=1e-5)
+        np.testing.assert_allclose(self.variant(entropy)(jnp.zeros((4, 8))), np.log(8), rtol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_a_loss_is_the_log_of_a_softmax(self) -> None:

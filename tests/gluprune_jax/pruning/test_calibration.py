@@ -65,7 +65,7 @@ def test_statistics_are_sums_over_real_tokens(model: Decoder, windows: NDArray[n
 def test_the_gram_matrix_is_that_of_the_activations(model: Decoder, windows: NDArray[np.int32]) -> None:
     stream = Stream(model, windows)
     for i, a in enumerate(of_all(model, windows)):
-        _, gram = stream.observe(i, gram=True)
+        _, (gram,) = stream.observe(i, folds=1)
         np.testing.assert_allclose(gram, a.T @ a, rtol=1e-4, atol=1e-4)
         stream.advance(i)
 
@@ -98,7 +98,7 @@ def test_meshes_give_the_same_statistics(model: Decoder, windows: NDArray[np.int
             largest = float(np.abs(getattr(a, name)).max())
             np.testing.assert_allclose(getattr(b, name), getattr(a, name), rtol=5e-5, atol=5e-6 * largest)
     stream = Stream(sharded, windows)
-    _, gram = stream.observe(0, gram=True)
+    _, (gram,) = stream.observe(0, folds=1)
     assert gram is not None
     assert gram.sharding.shard_shape(gram.shape)[0] == gram.shape[0] // shape.model
     a = of_all(model, windows)[0]
@@ -159,7 +159,27 @@ def test_sensitivity_is_the_gradient_by_a_mask(model: Decoder, windows: NDArray[
         np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * wanted.max())
 
 
+def test_the_sensitivity_of_the_entropy_looks_at_no_labels(model: Decoder, windows: NDArray[np.int32]) -> None:
+    def total(masks: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+        hidden, _ = model(tokens[None], neuron_masks=masks)
+        log_probs = jax.nn.log_softmax(model.logits(hidden)[0])
+        return -jnp.sum(jnp.exp(log_probs) * log_probs)
+
+    masks = tuple(jnp.ones(83) for _ in range(3))
+    gradient = jax.jit(jax.grad(total))
+    grads = [gradient(masks, jnp.asarray(window[window >= 0])) for window in windows]
+    expected = [np.mean([abs(np.asarray(grad[i])) for grad in grads], axis=0) for i in range(3)]
+    for found, wanted in zip(sensitivities(model, windows, of_entropy=True, batch_tokens=32), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * wanted.max())
+
+
 # -------------------------------------------------------------------------------------------------------- criteria
+
+
+def with_entropy(statistics: Statistics) -> Statistics:
+    """As if the sensitivity of the entropy were that of the loss."""
+    layers = [dataclasses.replace(layer, entropy_sensitivity=layer.sensitivity) for layer in statistics.layers]
+    return dataclasses.replace(statistics, layers=tuple(layers))
 
 
 def test_hybrid_wanda_activation_and_taylor_by_their_formulas(model: Decoder, windows: NDArray[np.int32]) -> None:
@@ -202,7 +222,7 @@ def test_hybrid_is_optipfairs_on_one_batch(model: Decoder, windows: NDArray[np.i
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_meshes_give_the_same_scores(model: Decoder, windows: NDArray[np.int32], shape: MeshShape) -> None:
-    statistics = collect(model, windows, sensitivity=True)
+    statistics = with_entropy(collect(model, windows, sensitivity=True))
     sharded = shard_model(model, make_mesh(shape, model.config.num_key_value_heads))
     for criterion in CRITERIA:
         one = score(model, criterion, statistics=statistics).values
@@ -250,6 +270,7 @@ def test_criteria_say_what_they_look_at() -> None:
         "activation",
         "wanda",
         "taylor",
+        "taylor-entropy",
     }
 
 
@@ -274,6 +295,7 @@ def test_statistics_are_saved_and_read_again(
     model: Decoder, windows: NDArray[np.int32], tmp_path: Path, sensitivity: bool
 ) -> None:
     statistics = collect(model, windows, names=["corpus.txt"], sensitivity=sensitivity)
+    statistics = with_entropy(statistics) if sensitivity else statistics
     statistics.save(tmp_path / "s.npz")
     assert same(Statistics.load(tmp_path / "s.npz"), statistics)
     assert statistics.texts["texts"] == ["corpus.txt"]
@@ -395,7 +417,7 @@ def test_one_program_serves_all_layers_and_one_gram_matrix_exists(
     compiled.clear_cache()
     stream = Stream(model, windows, batch_tokens=16)
     for i in range(3):
-        stream.observe(i, gram=True)
+        stream.observe(i, folds=1)
         stream.advance(i)
         grams = [array for array in jax.live_arrays() if array.shape == (83, 83)]
         assert len(grams) <= 1

@@ -18,11 +18,14 @@ import convert
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh
-from gluprune_jax.pruning.calibration import collect, gram_matrices
+from gluprune_jax.pruning.calibration import collect, gram_folds, gram_matrices
 from gluprune_jax.pruning.least_squares import (
     DAMPING,
+    DAMPINGS,
+    FOLDS,
     compensate,
     compensate_layer,
+    cross_validate_layer,
     least_squares,
     prune_in_order,
     with_down_projections,
@@ -221,7 +224,7 @@ def test_in_order_each_layer_sees_what_the_pruned_ones_give(model: Decoder, wind
 
 def test_in_order_without_compensation_only_leaves_out(model: Decoder, windows: NDArray[np.int32]) -> None:
     statistics = collect(model, windows)
-    values, found = prune_in_order(model, windows, "wanda", (50, 50, 50), statistics=statistics, is_compensated=False)
+    values, found = prune_in_order(model, windows, "wanda", (50, 50, 50), statistics=statistics, folds=0)
     for i, layer in enumerate(model.layers):
         mask = np.zeros(83)
         mask[select_neurons(values[i], 50)] = 1
@@ -276,3 +279,97 @@ def test_one_program_serves_every_width(model: Decoder, windows: NDArray[np.int3
         model, gram_matrices(model, windows), [make_plan(scores, prune_percent=percent) for percent in (10, 20, 40, 60)]
     )
     assert least_squares._cache_size() == 1
+
+
+# ----------------------------------------------------------------------------------------------------- cross-validated
+
+
+def folds_of(*parts: F32) -> list[F32]:
+    return [jnp.asarray(a.T @ a) for a in parts]
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1000))
+def test_the_held_out_errors_are_those_of_the_outputs(seed: int) -> None:
+    """The quadratic forms say what running the activations through the refitted layer gives."""
+    a, down, mask = problem(seed, 120)
+    parts = np.split(a, 3)
+    new, fit = cross_validate_layer(None, 0, folds_of(*parts), jnp.asarray(down), mask)
+    assert fit.damping in DAMPINGS
+    assert 0 <= fit.strength <= 1
+    assert fit.held_out is not None
+    errors, lost = 0.0, 0.0
+    for i, part in enumerate(parts):
+        fitted, _ = solved(np.concatenate([p for j, p in enumerate(parts) if j != i]), down, mask, fit.damping)
+        used = mask * down + fit.strength * (fitted - mask * down)
+        errors += np.sum((part @ (down - used).T) ** 2)
+        lost += np.sum((part @ ((1 - mask) * down).T) ** 2)
+    np.testing.assert_allclose(fit.held_out, np.array([lost, errors]) / np.sum((a @ down.T) ** 2), rtol=2e-2, atol=1e-5)
+    whole, _ = solved(a, down, mask, fit.damping)
+    np.testing.assert_allclose(new, mask * down + fit.strength * (whole - mask * down), rtol=1e-3, atol=1e-4)
+    assert fit.held_out[1] <= fit.held_out[0]
+
+
+def test_nothing_is_repaired_where_that_helps_no_other_text() -> None:
+    """Neurons that tell nothing of each other in common: each part alone shows dependencies, another one each."""
+    rng = np.random.default_rng(5)
+    kept, removed = rng.standard_normal((2, 40, 12)).astype(np.float32)
+    parts = [np.concatenate([kept, sign * removed], axis=1) for sign in (1, -1)]
+    parts[0][:, 12:] += 2 * kept
+    parts[1][:, 12:] -= 2 * kept
+    down = rng.standard_normal((7, 24)).astype(np.float32)
+    mask = np.repeat(np.float32([1, 0]), 12)
+    new, fit = cross_validate_layer(None, 0, folds_of(*parts), jnp.asarray(down), mask)
+    assert fit.strength == 0
+    assert fit.held_out[0] == pytest.approx(fit.held_out[1])
+    np.testing.assert_array_equal(new, mask * down)
+    _, plain = compensate_layer(None, 0, sum(folds_of(*parts)), jnp.asarray(down), mask)
+    assert plain.strength == 1
+
+
+def test_much_text_is_fitted_in_full() -> None:
+    a, down, mask = problem(3, 4000)
+    _, fit = cross_validate_layer(None, 0, folds_of(*np.split(a, 4)), jnp.asarray(down), mask)
+    assert fit.strength > 0.99
+    assert fit.damping == DAMPINGS[0]
+
+
+def test_a_gram_matrix_that_is_no_number_is_refused_in_cross_validation() -> None:
+    _, down, mask = problem(0, 40)
+    with pytest.raises(OperationError, match="layer 7 cannot be factored"):
+        cross_validate_layer(None, 7, 2 * [jnp.full((24, 24), jnp.nan)], jnp.asarray(down), mask)
+
+
+def test_folds_are_of_windows_that_follow_each_other(model: Decoder, windows: NDArray[np.int32]) -> None:
+    """The sizes of the batches do not decide it, and together the folds are the whole."""
+    for folds, whole in zip(gram_folds(model, windows, FOLDS), gram_matrices(model, windows), strict=True):
+        np.testing.assert_allclose(sum(folds), whole, rtol=1e-4, atol=1e-4)
+    parts = [windows[:14][np.arange(14) * FOLDS // 14 == f] for f in range(FOLDS)]
+    alone = [next(gram_matrices(model, part)) for part in parts]
+    for batch_tokens in (16, 80, 2048):
+        folds = next(gram_folds(model, windows[:14], FOLDS, batch_tokens=batch_tokens))
+        for fold, expected in zip(folds, alone, strict=True):
+            np.testing.assert_allclose(fold, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_too_few_windows_for_the_folds_are_refused(model: Decoder, windows: NDArray[np.int32]) -> None:
+    with pytest.raises(RequestError, match=r"5 calibration windows are too few .* give at least 6"):
+        next(gram_folds(model, windows[:5], FOLDS))
+
+
+def test_cross_validation_at_once_in_order_and_on_a_mesh(model: Decoder, windows: NDArray[np.int32]) -> None:
+    plan = make_plan(score(model), prune_percent=40)
+    (one,) = compensate(model, gram_folds(model, windows, FOLDS), [plan])
+    _, in_order = prune_in_order(model, windows, "ppm", plan.widths, statistics=None, folds=FOLDS)
+    np.testing.assert_allclose(one.down_projs[0], in_order.down_projs[0], rtol=1e-4, atol=1e-5)
+    summary = one.summary()
+    assert summary["method"] == "cross-validated least-squares"
+    assert len(summary["strength"]) == 3
+    assert all(a >= b for a, b in zip(summary["held_out_error_without"], summary["held_out_error"], strict=True))
+    sharded = shard_model(model, make_mesh(MeshShape(2, 2), model.config.num_key_value_heads))
+    (many,) = compensate(sharded, gram_folds(sharded, windows, FOLDS), [plan])
+    for a, b in zip(one.fits, many.fits, strict=True):
+        assert a is not None
+        assert b is not None
+        assert a.damping == b.damping
+        np.testing.assert_allclose([a.strength, *(a.held_out or ())], [b.strength, *(b.held_out or ())], rtol=1e-3)

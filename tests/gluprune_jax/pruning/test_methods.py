@@ -205,6 +205,27 @@ def test_in_order_is_recorded(argv: list[object], tmp_path: Path, capsys: Captur
     assert all(0 <= after <= before for after, before in errors)
 
 
+def test_a_refit_that_is_cross_validated(folder: Path, argv: list[object], capsys: Capture) -> None:
+    """By the command, in one word and layer by layer; the record says of each layer how strong the refit is."""
+    options = ("--criterion", "taylor-entropy", "--compensate", "cv-least-squares", "--prune-percent", 40)
+    done = report(capsys, *argv, *options)["compensation"]
+    assert done["method"] == "cross-validated least-squares"
+    assert len(done["strength"]) == len(done["dampings"])
+    pairs = zip(done["held_out_error"], done["held_out_error_without"], strict=True)
+    assert all(after <= before for after, before in pairs)
+    done = report(capsys, *argv, *options, "--sequential", "--overwrite")["compensation"]
+    assert done["in_order"] is True
+    assert done["folds"] == 3
+
+
+def test_a_criterion_finds_that_its_statistics_lack_a_sensitivity(folder: Path) -> None:
+    checkpoint, windows = windows_of(folder)
+    statistics = collect(checkpoint.model, windows, sensitivity=True)
+    chooser = Chooser(checkpoint.model, checkpoint.mlp_weights, statistics=statistics)
+    with pytest.raises(RequestError, match="'taylor-entropy' looks at the entropy sensitivity, which these statistics"):
+        chooser.scores("taylor-entropy")
+
+
 def test_the_seed_of_random_neurons(argv: list[object], capsys: Capture, folder: Path) -> None:
     model = ("--model", folder / "model", "--width", 30, "--criterion", "random", "--dry-run")
     plans = [report(capsys, *model, "--seed", seed)["plan"] for seed in (0, 0, 1)]
@@ -266,6 +287,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hybrid+ls", Method("hybrid", is_compensated=True)),
         ("wanda+global+ls+sequential", Method("wanda", "global", is_compensated=True, sequential=True)),
         ("taylor+measured", Method("taylor", "measured")),
+        ("wanda+cv-least-squares", Method("wanda", is_compensated=True, cross_validates=True)),
+        ("taylor-entropy+cv-ls+sequential", Method("taylor-entropy", "uniform", 0.2, True, True, 0, True)),
     ],
 )
 def test_methods_in_one_word(text: str, method: Method) -> None:
@@ -279,6 +302,7 @@ def test_methods_in_one_word(text: str, method: Method) -> None:
         ("best", "unknown criterion 'best'"),
         ("ppm+more", "method 'ppm\\+more' has 'more'; behind the criterion may come global, measured, least-squares"),
         ("ppm+global+measured", "two allocations"),
+        ("ppm+cv-ls+ls", "has cv-least-squares and least-squares; give one"),
     ],
 )
 def test_words_that_are_no_method(text: str, message: str) -> None:

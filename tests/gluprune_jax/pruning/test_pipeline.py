@@ -171,7 +171,7 @@ def test_a_model_on_a_mesh_is_pruned_there(folder: Path, tmp_path: Path) -> None
         ("bogus", {"width": 40}, "unknown criterion 'bogus'"),
         ("ppm+bogus", {"width": 40}, "method 'ppm+bogus' has 'bogus'"),
         ("hybrid", {"width": 40}, "`method` hybrid looks at activations; give `calibration` or `statistics`"),
-        ("ppm+least-squares", {"width": 40}, "runs the model on calibration text; give `calibration`"),
+        ("ppm+least-squares", {"width": 40}, "runs the model on calibration text; give `calibration`; 'self'"),
         ("ppm", {"width": 40, "text": True}, "`calibration` has no effect with `method` ppm"),
         ("ppm", {"width": 40, "statistics": "none.npz"}, "cannot read the statistics none.npz"),
         ("ppm", {"width": 40, "min_keep": 0.5}, "`min_keep` is 0.5 and has no effect"),
