@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.own_text import own_windows
 from convert.tokenizer import beginning, check_ids, encode_documents, load_tokenizer, separator
 from gluprune_jax.data.documents import Document, self_seed
 from gluprune_jax.data.packing import pack
@@ -59,6 +58,8 @@ def calibration_windows(
             )
         seed = None if group[0].content else self_seed(group[0].where)
         if seed is not None:
+            from convert.own_text import own_windows  # here: it runs the model, and command lines answer without JAX
+
             windows = own_windows(
                 checkpoint, tokenizer, wanted, sequence_length=sequence_length, seed=seed, date=date, progress=progress
             )
