@@ -112,6 +112,7 @@ def changes(study: Study, analysis: Analysis) -> Table:
     titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
     for row in analysis.rows:
         dense, baseline = row.from_dense, row.from_baseline
+        stopped: list[Cell] = [] if study.stopping is None else [row.measured.items, _spell_settled(row)]
         rows.append(
             [
                 titles[row.benchmark],
@@ -120,6 +121,7 @@ def changes(study: Study, analysis: Analysis) -> Table:
                 *_comparison(dense, row.p_from_dense),
                 None if baseline is None else baseline.difference,
                 row.p_above,
+                *stopped,
                 row.verdict,
             ]
         )
@@ -134,10 +136,12 @@ def changes(study: Study, analysis: Analysis) -> Table:
         "p, corrected",
         "distance from baseline",
         "p of being above, corrected",
+        *([] if study.stopping is None else ["items", "settled"]),
         "verdict",
     ]
     formats = dict.fromkeys(columns[3:6], format_difference) | {"distance from baseline": format_difference}
     formats |= dict.fromkeys(("p", "p, corrected", "p of being above, corrected"), format_p) | {"value": format_number}
+    formats |= {"items": "{:,.0f}".format}
     has_items = any(one.outcomes is not None for benchmark in study.benchmarks for one in benchmark.measured.values())
     note = (
         "Differences are of the same items, with 95 % bootstrap intervals"
@@ -149,7 +153,16 @@ def changes(study: Study, analysis: Analysis) -> Table:
         "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with baselines all "
         "of a model. The distance is from the best no-knowledge baseline; being above is tested against every one."
     )
+    if study.stopping is not None:
+        note += (
+            f" Of benchmarks that stop when their verdict is settled, p-values and intervals hold whenever one looks "
+            f"(confidence sequences), and models less than {study.stopping.margin:g} apart are the same."
+        )
     return Table("changes", "What changed", note, columns, rows, formats)
+
+
+def _spell_settled(row: Row) -> str:
+    return "in full" if row.settled is None else "yes" if row.settled else "no"
 
 
 def trends(study: Study, analysis: Analysis) -> Table:
