@@ -205,7 +205,7 @@ def _with_preset(request: SweepRequest, name: str | None) -> SweepRequest:
 
 def _sweep(request: SweepRequest, command: str) -> None:
     from evals.cli.study import print_study
-    from evals.harness.run import check_testable, load_benchmarks, task_documents
+    from evals.harness.run import check_testable, load_benchmarks
     from evals.report.files import write_report
     from evals.study.folder import load_study
 
@@ -229,19 +229,9 @@ def _sweep(request: SweepRequest, command: str) -> None:
             one.benchmark.name: suite_limit if items is None else eval_options.items_per_task(items, one, loaded)
             for one in loaded
         }
-        keys = {
-            one.benchmark.name: [
-                (task, doc_id)
-                for task, documents in task_documents(one, limits[one.benchmark.name])
-                for doc_id, _ in documents
-            ]
-            for one in loaded
-            if request.until_decided is not None and _may_stop(one)
-        }
+        keys = {} if request.until_decided is None else _stopping(loaded, limits)
         for one in loaded:
             check_testable(one, limits[one.benchmark.name], some=one.benchmark.name in keys)
-        if request.until_decided is not None and not keys:
-            raise RequestError("--until-decided has no effect: all of the benchmarks run in full; leave it out")
         documents = read_documents(request.calibration, "--calibration-data", terminal.note)
     check_same("the texts of --calibration-data", contents(documents))
     eval_options.use_compilation_cache()
@@ -283,8 +273,8 @@ def _sweep(request: SweepRequest, command: str) -> None:
     calibration = None if windows is None else describe_windows(windows, request.calibration, text_date)
     about = _about(request, prompt_date, checkpoint, benchmarks, items, calibration)
     if request.until_decided is not None:
-        sizes_of = {name: len(found) for name, found in keys.items()}
-        rule = StoppingRule(request.until_decided, len(targets), len(loaded), sizes_of)
+        there_are = {name: len(found) for name, found in keys.items()}
+        rule = StoppingRule(request.until_decided, len(targets), len(loaded), there_are)
         about["until_decided"] = dataclasses.asdict(rule)
     rows = ResumableRows.open(
         request.output / SWEEP_FILE,
@@ -388,15 +378,26 @@ def _items(limit: str | None, benchmarks: Sequence[str]) -> dict[str, int] | Non
     return items
 
 
-def _may_stop(benchmark: Any) -> bool:
-    """Whether a benchmark can stop before all of its items were asked."""
-    title, rehearsal = benchmark.benchmark.title, benchmark.rehearsal
-    if rehearsal is None:
-        raise RequestError(f"--until-decided: lm-eval does not say what {title} reports before it is run; leave it out")
-    metric = rehearsal.metric.partition(",")[0]
-    if metric not in SHARES:
-        terminal.note(f"{title} runs in full: {metric} has no known bounds, which stopping early needs")
-    return metric in SHARES
+def _stopping(
+    loaded: Sequence[Any], limits: Mapping[str, eval_options.Limit | None]
+) -> dict[str, list[tuple[str, int]]]:
+    """The items, by task and position, of each benchmark that can stop before all of them were asked."""
+    from evals.harness.run import task_documents
+
+    found = {}
+    for one in loaded:
+        name, title = one.benchmark.name, one.benchmark.title
+        if one.rehearsal is None:
+            raise RequestError(f"--until-decided: what {title} reports is known only once it was run; leave it out")
+        metric = one.rehearsal.metric.partition(",")[0]
+        if metric in SHARES:
+            documents = task_documents(one, limits[name])
+            found[name] = [(task, doc_id) for task, items in documents for doc_id, _ in items]
+        else:
+            terminal.note(f"{title} runs in full: {metric} has no known bounds, which stopping early needs")
+    if not found:
+        raise RequestError("--until-decided has no effect: all of the benchmarks run in full; leave it out")
+    return found
 
 
 def _about(

@@ -79,6 +79,8 @@ def study_tables(study: Study, analysis: Analysis) -> list[Table]:
 def scores(study: Study) -> Table:
     """Every headline metric, with its standard error, and the range of the no-knowledge baselines."""
     note = "Headline metrics ± standard error; baseline: from the worst to the best no-knowledge baseline."
+    if study.stopping is not None:
+        note += " Models were asked different numbers of items, at most so many: what changed compares the same ones."
     whole = Table("scores", "Scores", note, *_scores(study, study.points, name_variant), {"items": "{:,.0f}".format})
     if len(study.methods) < 2:
         return whole
