@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ from convert.chat import fix_date
 from convert.tokenizer import load_tokenizer, tokens_beyond
 from evals.cli import options as eval_options
 from evals.harness.suites import SUITES, Benchmark, choose_benchmarks, find_suite
-from evals.results.store import check_output, open_setting
+from evals.results.outcomes import SHARES, Outcomes, check_is_mean, outcomes_of_items
+from evals.results.store import Result, SettingFolder, check_output, load_result, open_setting
 from evals.study.folder import (
     BASELINES_FILE,
     RESULTS_FOLDER,
@@ -31,10 +33,11 @@ from evals.study.folder import (
     baselines_of,
     has_baselines,
     is_sweep_row,
+    load_baselines,
     save_baselines,
 )
 from evals.study.rows import ResumableRows, recorded_dates
-from evals.study.study import DENSE
+from evals.study.study import DENSE, MARGIN, Score, StoppingRule, StudiedBenchmark, Study, Variant
 from gluprune_jax.cli import method_options, options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
 from gluprune_jax.data.documents import contents, read_calibration
@@ -109,6 +112,7 @@ class SweepRequest:
     date: datetime.date | None
     benchmark_data: str | None
     include_path: Path | None
+    until_decided: float | None
     output: Path
     overwrite: bool
     resume: bool
@@ -144,6 +148,15 @@ def parser(start: str = START) -> terminal.ArgumentParser:
     eval_options.add_suite(what, required=False)
     options.add(what, "--limit")
     eval_options.add_harness(what)
+    what.add_argument(
+        "--until-decided",
+        nargs="?",
+        type=float,
+        const=MARGIN,
+        metavar="MARGIN",
+        help="ask items in random order, and stop a benchmark of a model when its verdict is settled: worse or better "
+        f"than dense, or less than MARGIN away (default: {MARGIN:g}); perplexities run in full",
+    )
     how = parser.add_argument_group("how")
     options.add(how, "--output", about="folder of the study", type=Path, default=Path("study"))
     options.add(how, "--overwrite", about=f"what is in DIR, if it has another {SWEEP_FILE}")
@@ -218,8 +231,9 @@ def _sweep(request: SweepRequest, command: str) -> None:
             one.benchmark.name: suite_limit if items is None else eval_options.items_per_task(items, one, loaded)
             for one in loaded
         }
+        keys = {} if request.until_decided is None else _stopping(loaded, limits)
         for one in loaded:
-            check_testable(one, limits[one.benchmark.name])
+            check_testable(one, limits[one.benchmark.name], some=one.benchmark.name in keys)
         documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
     check_same("the texts of --calibration-data", contents(documents))
     eval_options.use_compilation_cache()
@@ -260,9 +274,14 @@ def _sweep(request: SweepRequest, command: str) -> None:
                 progress=terminal.count_progress,
             )
     calibration = None if windows is None else describe_windows(windows, request.calibration, text_date)
+    about = _about(request, prompt_date, checkpoint, benchmarks, items, calibration)
+    if request.until_decided is not None:
+        there_are = {name: len(found) for name, found in keys.items()}
+        rule = StoppingRule(request.until_decided, len(targets), len(loaded), there_are)
+        about["until_decided"] = dataclasses.asdict(rule)
     rows = ResumableRows.open(
         request.output / SWEEP_FILE,
-        _about(request, prompt_date, checkpoint, benchmarks, items, calibration),
+        about,
         is_row=is_sweep_row,
         overwrite=request.overwrite,
         optional=("calibration",),
@@ -277,11 +296,29 @@ def _sweep(request: SweepRequest, command: str) -> None:
         refits=any(method.needs_grams for method in wanted),
         progress=terminal.count_progress,
     )
-    measure = functools.partial(_measure, request, prompt_date, command, checkpoint, loaded, limits)
+    opened = functools.partial(_opened, request, prompt_date, checkpoint)
+    ask = functools.partial(_ask, request, command, limits)
+    if keys:
+        _write_baselines(request, checkpoint, loaded, limits, rows)  # verdicts need them
+    known = load_baselines(request.output / BASELINES_FILE) if keys else {}
     grid = Grid(wanted, targets, {"method": DENSE, "level": DENSE}, "level")
     for key, _, pruned in grid.missing(chooser, rows):
         terminal.note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
-        rows.add({**key, **_describe(checkpoint, pruned), **measure(pruned)})
+        with contextlib.ExitStack() as stack:
+            own = stack.enter_context(opened(pruned))
+            models = [own] if pruned is None or not keys else [stack.enter_context(opened(None)), own]
+            stems = {}
+            for one in loaded:
+                name = one.benchmark.name
+                result = (
+                    _ask_until_decided(ask, rows, known, models, one, keys[name]) if name in keys else ask(own, one)
+                )
+                stored = own.folder.save(result)
+                stems[name] = stored.file_stem
+                of = f" of {len(keys[name]):,}" if name in keys else ""
+                terminal.note(f"{stored.title}: {stored.metric} {stored.value:.4f} ({stored.num_items:,}{of} items)")
+            setting = own.folder.path.name
+        rows.add({**key, **_describe(checkpoint, pruned), "setting": setting, "results": stems})
         _write_baselines(request, checkpoint, loaded, limits, rows)  # early, so that what is there can be reported
     _write_baselines(request, checkpoint, loaded, limits, rows)  # where a run was killed before it got to them
     with synchronize_errors():
@@ -298,12 +335,18 @@ def _sweep(request: SweepRequest, command: str) -> None:
 
 def _check_request(request: SweepRequest) -> tuple[list[Method], list[dict[str, Any]], str]:
     """Refuses early what could only fail late; returns methods, sizes and the model."""
+    import jax
+
     from evals.study.grid import parse_methods, sizes
 
     if request.model is None:
         raise RequestError("no model: give --model MODEL or --preset NAME")
     if request.suite is None and request.tasks is None:
         raise RequestError(f"no benchmarks: give --suite NAME ({', '.join(SUITES)}) or --tasks LIST")
+    if request.until_decided is not None and not 0 < request.until_decided < 1:
+        raise RequestError(f"--until-decided is {request.until_decided:g}; give a margin between 0 and 1, such as 0.05")
+    if request.until_decided is not None and jax.process_count() > 1:
+        raise RequestError("--until-decided runs in one process; leave it out, or --distributed")
     check_at_least(1, batch_size=request.batch_size, multiple_of=request.multiple_of)
     check_at_least(2, context_length=request.context_length)
     wanted = parse_methods(request.methods, request.min_keep)
@@ -340,6 +383,28 @@ def _items(limit: str | None, benchmarks: Sequence[str]) -> dict[str, int] | Non
     if 0 in items.values():
         raise RequestError(f"--limit is {limit}; a sweep takes whole numbers from 1")
     return items
+
+
+def _stopping(
+    loaded: Sequence[Any], limits: Mapping[str, eval_options.Limit | None]
+) -> dict[str, list[tuple[str, int]]]:
+    """The items, by task and position, of each benchmark that can stop before all of them were asked."""
+    from evals.harness.run import task_documents
+
+    found = {}
+    for one in loaded:
+        name, title = one.benchmark.name, one.benchmark.title
+        if one.rehearsal is None:
+            raise RequestError(f"--until-decided: what {title} reports is known only once it was run; leave it out")
+        metric = one.rehearsal.metric.partition(",")[0]
+        if metric in SHARES:
+            documents = task_documents(one, limits[name])
+            found[name] = [(task, doc_id) for task, items in documents for doc_id, _ in items]
+        else:
+            terminal.note(f"{title} runs in full: {metric} has no known bounds, which stopping early needs")
+    if not found:
+        raise RequestError("--until-decided has no effect: all of the benchmarks run in full; leave it out")
+    return found
 
 
 def _about(
@@ -400,20 +465,20 @@ def _density(kept: NDArray[Any], size: int) -> list[float]:
     return [round(float(x), 4) for x in np.bincount(part[kept], minlength=bins) / np.bincount(part, minlength=bins)]
 
 
-def _measure(
-    request: SweepRequest,
-    date: datetime.date | None,
-    command: str,
-    checkpoint: convert.Checkpoint,
-    loaded: Sequence[Any],
-    limits: Mapping[str, eval_options.Limit | None],
-    pruned: Pruned | None,
-) -> dict[str, Any]:
-    """Evaluates one model on all benchmarks, from where an interrupted run left it."""
+class _Model(NamedTuple):
+    """A model that answers, with the folder of its results."""
+
+    lm: Any
+    folder: SettingFolder
+
+
+@contextlib.contextmanager
+def _opened(
+    request: SweepRequest, date: datetime.date | None, checkpoint: convert.Checkpoint, pruned: Pruned | None
+) -> Iterator[_Model]:
+    """A model that is asked on from where an interrupted run left it; `None` is the dense one."""
     from evals.harness.backend import GlupruneLM
-    from evals.harness.run import evaluate
     from evals.results.describe import describe_setting
-    from evals.results.outcomes import check_is_mean
 
     plan = None if pruned is None else pruned.plan
     if pruned is not None:
@@ -430,7 +495,6 @@ def _measure(
             date=date,
             progress=progress,
         )
-    stems = {}
     with open_setting(request.output / RESULTS_FOLDER, setting) as folder:
         GlupruneLM.progress = staticmethod(terminal.count_progress)
         lm = GlupruneLM.from_checkpoint(
@@ -446,20 +510,70 @@ def _measure(
             chat_template=request.chat_template,
             thinking=request.thinking,
         )
-        for benchmark in loaded:
-            (result,) = evaluate(
-                lm,
-                [benchmark],
-                limit=limits[benchmark.benchmark.name],
-                apply_chat_template=request.apply_chat_template,
-                journal=folder.journal,
-                about={"command": command, "revision": request.revision, "data": request.benchmark_data},
-            )
-            check_is_mean(result)
-            stored = folder.save(result)
-            stems[stored.benchmark] = stored.file_stem
-            terminal.note(f"{stored.title}: {stored.metric} {stored.value:.4f} ({stored.num_items:,} items)")
-        return {"setting": folder.path.name, "results": stems}
+        yield _Model(lm, folder)
+
+
+def _ask(
+    request: SweepRequest,
+    command: str,
+    limits: Mapping[str, eval_options.Limit | None],
+    model: _Model,
+    benchmark: Any,
+    chosen: Collection[tuple[str, int]] | None = None,
+) -> Result:
+    """Evaluates a model on a benchmark, or on the items of it that are chosen."""
+    from evals.harness.run import evaluate
+
+    (result,) = evaluate(
+        model.lm,
+        [benchmark],
+        limit=limits[benchmark.benchmark.name],
+        apply_chat_template=request.apply_chat_template,
+        journal=model.folder.journal,
+        about={"command": command, "revision": request.revision, "data": request.benchmark_data},
+        chosen=chosen,
+    )
+    check_is_mean(result)
+    return result
+
+
+def _ask_until_decided(
+    ask: Callable[..., Result],
+    rows: ResumableRows,
+    baselines: Mapping[str, Mapping[str, Outcomes]],
+    models: Sequence[_Model],
+    benchmark: Any,
+    keys: Sequence[tuple[str, int]],
+) -> Result:
+    """Evaluates the last of some models, of which the first is the dense one, until its verdict is settled.
+
+    The dense model is asked the same items; its stored result, and row, are replaced where that is more than before.
+    """
+    from evals.study.analysis import is_settled
+    from evals.study.sequential import draw_order, looks
+
+    name = benchmark.benchmark.name
+    points = [Variant(DENSE, DENSE, 0.0, 0.0), Variant("pruned", "", 0.0, 0.0)][: len(models)]
+    for chosen in looks(draw_order(keys)):
+        results = [ask(model, benchmark, frozenset(chosen)) for model in models]
+        scores = [Score.of(outcomes_of_items(result.items, result.metric)) for result in results]
+        studied = StudiedBenchmark(
+            name,
+            results[0].title,
+            results[0].metric,
+            results[0].higher_is_better,
+            is_perplexity=False,
+            measured=dict(zip(points, scores, strict=True)),
+            baselines={rule: Score.of(found) for rule, found in baselines[name].items()},
+        )
+        if is_settled(Study("", points, [studied], rows.document), studied, points[-1]):
+            break
+    if len(models) > 1:
+        row, folder = rows.document["rows"][0], models[0].folder
+        if results[0].num_items > load_result(folder.path / f"{row['results'][name]}.json").num_items:
+            row["results"][name] = folder.save(results[0]).file_stem
+            rows.write()
+    return results[-1]
 
 
 def _write_baselines(
@@ -470,16 +584,18 @@ def _write_baselines(
     rows: ResumableRows,
 ) -> None:
     """Computes the no-knowledge baselines, unless that was done before."""
-    from evals.results.store import load_result
     from evals.study.baselines import baselines
 
     with synchronize_errors():
         if not is_main():
             return
         path = request.output / BASELINES_FILE
-        dense = rows.document["rows"][0]
-        folder = request.output / RESULTS_FOLDER / dense["setting"]
-        results = {name: load_result(folder / f"{stem}.json") for name, stem in dense["results"].items()}
+        if request.until_decided is None:
+            dense = rows.document["rows"][0]
+            folder = request.output / RESULTS_FOLDER / dense["setting"]
+            results = {name: load_result(folder / f"{stem}.json") for name, stem in dense["results"].items()}
+        else:
+            results = {one.benchmark.name: one.rehearsal for one in loaded}
         of = baselines_of(rows.document, {name: result.data for name, result in results.items()})
         if has_baselines(path, of):
             return

@@ -19,7 +19,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class LoadedBenchmark(NamedTuple):
       benchmark: what it is.
       tasks: as lm-eval's `TaskManager.load` returns them.
       random_state: Python's and NumPy's, as loading left them.
+      prompts: the requests of all items, by task and options, once some of the items were evaluated.
       group: the group without a score of its own in whose place it stands, if it does.
       rehearsal: what the first items give with made-up answers; None where lm-eval cannot score those.
     """
@@ -57,6 +58,7 @@ class LoadedBenchmark(NamedTuple):
     benchmark: Benchmark
     tasks: Mapping[str, Any]
     random_state: tuple[Any, Any]
+    prompts: dict[Any, list[Any]]
     group: str | None = None
     rehearsal: Result | None = None
 
@@ -111,6 +113,7 @@ def evaluate(
     journal: Journal | None = None,
     bootstrap_iterations: int = ITERATIONS,
     about: Mapping[str, Any] | None = None,
+    chosen: Collection[tuple[str, int]] | None = None,
 ) -> Iterator[Result]:
     """Runs benchmarks on a model and yields each result as soon as it is there.
 
@@ -127,13 +130,16 @@ def evaluate(
       journal: the one that `lm` writes its responses to, if it does.
       bootstrap_iterations: draws behind the standard errors that come by resampling.
       about: what else the results shall say of the run, beside versions and devices.
+      chosen: the only items to evaluate, at least one of each task, by task and position; each is asked the same as
+        among all of them. None: all.
 
     Raises:
       GlupruneError: as `lm` raises it.
     """
     facts = _versions_and_devices() | dict(about or {})
     for item in loaded:
-        yield _evaluate(item, lm, limit, apply_chat_template, journal, bootstrap_iterations, facts)
+        with _asking(item, chosen):
+            yield _evaluate(item, lm, limit, apply_chat_template, journal, bootstrap_iterations, facts)
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -165,7 +171,7 @@ def _load(benchmark: Benchmark, task_manager: Any, note: Callable[[str], None] |
         check_examples(task)
     if fixed and note:
         note(f"{benchmark.name} takes no few-shot examples but its own: {wanted} were asked for, and none are added")
-    return LoadedBenchmark(benchmark, tasks, (random.getstate(), np.random.get_state()))
+    return LoadedBenchmark(benchmark, tasks, (random.getstate(), np.random.get_state()), {})
 
 
 def _check_task(name: str, task: Any) -> None:
@@ -259,8 +265,13 @@ def _member(loaded: LoadedBenchmark, child: Any) -> LoadedBenchmark:
     return loaded._replace(benchmark=benchmark, tasks={"tasks": tasks, "groups": groups}, group=loaded.asked_for)
 
 
-def check_testable(loaded: LoadedBenchmark, limit: int | float | None) -> None:
+def check_testable(loaded: LoadedBenchmark, limit: int | float | None, *, some: bool = False) -> None:
     """Makes sure, as far as can be told without a model, that a study can test a benchmark item by item.
+
+    Args:
+      loaded: the benchmark.
+      limit: as for `evaluate`.
+      some: whether some of its items will be evaluated, of each task another number.
 
     Raises:
       RequestError: its headline is no mean over items.
@@ -274,10 +285,18 @@ def check_testable(loaded: LoadedBenchmark, limit: int | float | None) -> None:
         return
     metric = loaded.rehearsal.metric.partition(",")[0]
     sizes = {sum(1 for _ in documents) for _, documents in task_documents(loaded, limit)}
-    if len(sizes) > 1 and any(one.metric == metric and not one.weight_by_size for one in group.aggregate_metric_list):
+    if not any(one.metric == metric and not one.weight_by_size for one in group.aggregate_metric_list):
+        return
+    title = loaded.benchmark.title
+    if len(sizes) > 1:
         raise RequestError(
-            f"{loaded.benchmark.title}: {metric} is the mean over tasks of different sizes, and no mean over items: a "
-            f"study cannot test it; give the tasks of the group one by one"
+            f"{title}: {metric} is the mean over tasks of different sizes, and no mean over items: a study cannot test "
+            f"it; give the tasks of the group one by one"
+        )
+    if some:
+        raise RequestError(
+            f"{title}: {metric} is the mean over tasks, and no mean over items as long as some are missing: it cannot "
+            f"stop early; give the tasks of the group one by one"
         )
 
 
@@ -359,6 +378,39 @@ def _evaluate(
         about=about,
         items=items,
     )
+
+
+@contextlib.contextmanager
+def _asking(loaded: LoadedBenchmark, chosen: Collection[tuple[str, int]] | None) -> Iterator[None]:
+    """Has a benchmark's tasks ask some of their items only.
+
+    The requests of all items are made, once: few-shot examples are drawn from one item to the next.
+    """
+    if chosen is None:
+        yield
+        return
+    tasks = loaded.tasks["tasks"]
+
+    def build(name: str, task: Any, **options: Any) -> None:
+        asked = (name, options["limit"], options["apply_chat_template"], options["tokenizer_name"])
+        if asked not in loaded.prompts:
+            type(task).build_all_requests(task, **options)
+            loaded.prompts[asked] = task.instances
+        instances = (one for one in loaded.prompts[asked] if (name, one.doc_id) in chosen)
+        task._instances = [dataclasses.replace(one, resps=[], filtered_resps={}) for one in instances]
+        task.doc_iterator = functools.partial(iterate, name, task)
+
+    def iterate(name: str, task: Any, **options: Any) -> Iterator[tuple[int, Any]]:
+        return (pair for pair in type(task).doc_iterator(task, **options) if (name, pair[0]) in chosen)
+
+    for name, task in tasks.items():
+        task.build_all_requests = functools.partial(build, name, task)
+    try:
+        yield
+    finally:
+        for task in tasks.values():
+            del task.build_all_requests
+            vars(task).pop("doc_iterator", None)
 
 
 def _is_from(error: BaseException, lm: Any) -> bool:

@@ -41,6 +41,7 @@ _LABELS = {
     "floor": "least share of a layer kept",
     "shots": "few-shot examples",
     "slice": "sliced, not masked",
+    "until_decided": "stops when decided",
 }
 _MOST_ROWS = 40  # of a table that the page shows unfolded
 

@@ -79,6 +79,8 @@ def study_tables(study: Study, analysis: Analysis) -> list[Table]:
 def scores(study: Study) -> Table:
     """Every headline metric, with its standard error, and the range of the no-knowledge baselines."""
     note = "Headline metrics ± standard error; baseline: from the worst to the best no-knowledge baseline."
+    if study.stopping is not None:
+        note += " Models were asked different numbers of items, at most so many: what changed compares the same ones."
     whole = Table("scores", "Scores", note, *_scores(study, study.points, name_variant), {"items": "{:,.0f}".format})
     if len(study.methods) < 2:
         return whole
@@ -112,6 +114,7 @@ def changes(study: Study, analysis: Analysis) -> Table:
     titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
     for row in analysis.rows:
         dense, baseline = row.from_dense, row.from_baseline
+        stopped: list[Cell] = [] if study.stopping is None else [row.measured.items, _spell_settled(row)]
         rows.append(
             [
                 titles[row.benchmark],
@@ -120,6 +123,7 @@ def changes(study: Study, analysis: Analysis) -> Table:
                 *_comparison(dense, row.p_from_dense),
                 None if baseline is None else baseline.difference,
                 row.p_above,
+                *stopped,
                 row.verdict,
             ]
         )
@@ -134,10 +138,12 @@ def changes(study: Study, analysis: Analysis) -> Table:
         "p, corrected",
         "distance from baseline",
         "p of being above, corrected",
+        *([] if study.stopping is None else ["items", "settled"]),
         "verdict",
     ]
     formats = dict.fromkeys(columns[3:6], format_difference) | {"distance from baseline": format_difference}
     formats |= dict.fromkeys(("p", "p, corrected", "p of being above, corrected"), format_p) | {"value": format_number}
+    formats |= {"items": "{:,.0f}".format}
     has_items = any(one.outcomes is not None for benchmark in study.benchmarks for one in benchmark.measured.values())
     note = (
         "Differences are of the same items, with 95 % bootstrap intervals"
@@ -149,7 +155,16 @@ def changes(study: Study, analysis: Analysis) -> Table:
         "p-values are corrected for the number of comparisons (Holm): with dense all of a method, with baselines all "
         "of a model. The distance is from the best no-knowledge baseline; being above is tested against every one."
     )
+    if study.stopping is not None:
+        note += (
+            f" Of benchmarks that stop when their verdict is settled, p-values and intervals hold whenever one looks "
+            f"(confidence sequences), and models less than {study.stopping.margin:g} apart are the same."
+        )
     return Table("changes", "What changed", note, columns, rows, formats)
+
+
+def _spell_settled(row: Row) -> str:
+    return "in full" if row.settled is None else "yes" if row.settled else "no"
 
 
 def trends(study: Study, analysis: Analysis) -> Table:

@@ -5,15 +5,34 @@ from collections.abc import Iterator, Sequence
 from evals.report.tables import format_p, format_value
 from evals.study.analysis import KNOWLEDGE, TRUTHFULNESS, Analysis, Row, round_up
 from evals.study.significance import POWER, SMALLEST_DIFFERENCE
-from evals.study.study import Study
+from evals.study.study import Study, name_variant
 
 
 def summary(study: Study, analysis: Analysis) -> list[str]:
     """A few sentences for each method, the most important first."""
-    sentences = [*_of_few_items(study, analysis), *_of_dense(study, analysis)]
+    sentences = [*_of_stopping(study, analysis), *_of_few_items(study, analysis), *_of_dense(study, analysis)]
     for method in study.methods:
         sentences += _of_method(study, analysis, method)
     return sentences
+
+
+def _of_stopping(study: Study, analysis: Analysis) -> Iterator[str]:
+    """How many items the verdicts took, where benchmarks stop when theirs are settled."""
+    rule = study.stopping
+    rows = [row for row in analysis.rows if row.settled is not None]
+    if rule is None or not rows:
+        return
+    asked, there_are = (sum(row.measured.items for row in rows), sum(rule.items[row.benchmark] for row in rows))
+    titles = {benchmark.name: benchmark.title for benchmark in study.benchmarks}
+    yield (
+        f"Benchmarks stopped when their verdict was settled, {rule.margin:g} being the margin within which models are "
+        f"the same: {asked:,} of {there_are:,} items were asked, over all models ({asked / there_are:.0%})."
+    )
+    if still_open := [row for row in rows if not row.settled]:
+        each = [f"{titles[row.benchmark]} ({name_variant(row.point)})" for row in still_open]
+        yield f"Not settled by all of the items: {_list(each)}."
+    if in_full := [benchmark.title for benchmark in study.benchmarks if benchmark.name not in rule.items]:
+        yield f"Run in full, as what they measure has no bounds that stopping early needs: {_list(in_full)}."
 
 
 def _of_few_items(study: Study, analysis: Analysis) -> Iterator[str]:

@@ -13,6 +13,11 @@ from gluprune_jax.errors import OperationError, RequestError
 
 # Metrics that are exp of a mean negative log-likelihood. Differences are taken, and tested, on its logarithm.
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
+# Metrics that give each item a number from 0 to 1, whatever the model answers.
+SHARES = (
+    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em"),
+    *("prompt_level_strict_acc", "prompt_level_loose_acc"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,20 @@ class Outcomes:
         """Plain outcomes by task and position."""
         keys = tuple(sorted(by_item))
         return cls(keys, np.array([by_item[key] for key in keys], np.float64))
+
+    def on(self, keys: tuple[tuple[str, int], ...]) -> "Outcomes":
+        """Those of some of the items.
+
+        Raises:
+          KeyError: an item is not there.
+        """
+        if keys == self.keys:
+            return self
+        positions = {key: number for number, key in enumerate(self.keys)}
+        rows = [positions[key] for key in keys]
+        return dataclasses.replace(
+            self, keys=keys, values=self.values[rows], weights=None if self.weights is None else self.weights[rows]
+        )
 
     @property
     def mean(self) -> float:

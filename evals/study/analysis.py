@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from evals.results.outcomes import Outcomes
+from evals.study.sequential import compare_drawn, differences_drawn, p_value_drawn, p_within
 from evals.study.significance import (
     Comparison,
     Correlation,
@@ -61,6 +62,10 @@ class Row:
         `evals.study.significance.items_needed`) from the dense model, of that itself from the best no-knowledge
         baseline; None where outcomes of items are not known.
       verdict: relation and change in words.
+      p_within: of a difference from dense as large as the margin of a benchmark that may stop early, or larger,
+        corrected for all comparisons of the method with the dense model; None where it runs in full.
+      p_at: of not lying within the margin of the no-knowledge baselines, corrected for all benchmarks; likewise.
+      settled: whether change and relation are known, the margin told apart from "no difference found"; likewise.
     """
 
     benchmark: str
@@ -75,11 +80,22 @@ class Row:
     change: Change | None
     items_needed: int | None
     verdict: str
+    p_within: float | None = None
+    p_at: float | None = None
+    settled: bool | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the difference from dense is known to be smaller than the margin."""
+        return self.p_within is not None and self.p_within <= ALPHA
 
     @property
     def has_too_few_items(self) -> bool:
         """Whether no difference was found where `items_needed` says so little that it could have been missed."""
-        is_open = self.change == "same" if self.from_dense is not None else self.relation == "at"
+        if self.from_dense is not None:
+            is_open = self.change == "same" and not self.is_within
+        else:
+            is_open = self.relation == "at" and not self.settled
         return is_open and self.items_needed is not None and self.measured.items < self.items_needed
 
 
@@ -141,7 +157,9 @@ def analyse(study: Study) -> Analysis:
             relations[row.benchmark] = relation
         change = _change(benchmark, row)
         row = dataclasses.replace(row, relation=relation, change=change, items_needed=needed.get(i))
-        verdict = _verdict(row, relations.get(row.benchmark), is_dense=row.point == study.dense)
+        if row.benchmark in _stopping_items(study):
+            row = dataclasses.replace(row, settled=_is_settled(row))
+        verdict = _verdict(study, row, relations.get(row.benchmark))
         judged.append(dataclasses.replace(row, verdict=verdict))
     return Analysis(
         judged,
@@ -149,6 +167,29 @@ def analyse(study: Study) -> Analysis:
         {method: grouped(study, judged, method) for method in study.methods},
         {method: c for method in study.methods if (c := _correlation(study, method)) is not None},
     )
+
+
+def is_settled(study: Study, benchmark: StudiedBenchmark, point: Variant) -> bool:
+    """Whether the verdict on a model is settled by the items that there are, at the corrected level.
+
+    As long as other verdicts are open, each of them counts (Bonferroni's correction); `analyse` finds at least as much.
+
+    Args:
+      study: with a rule for stopping early.
+      benchmark: one that may stop early, with its baselines; the dense model was asked at least the same items.
+      point: the model.
+    """
+    rule, row = study.stopping, _compared(study, benchmark, point)
+    assert rule is not None
+    assert row is not None
+    p_from_dense = None if row.from_dense is None else row.from_dense.p_value * rule.comparisons
+    p_above, p_below = (None if p is None else p * rule.benchmarks for p in (row.p_above, row.p_below))
+    row = dataclasses.replace(row, p_from_dense=p_from_dense, p_above=p_above, p_below=p_below)
+    return _is_settled(dataclasses.replace(row, change=_change(benchmark, row), relation=_relation(row)))
+
+
+def _is_settled(row: Row) -> bool:
+    return (row.change != "same" or row.is_within) and (row.relation != "at" or row.p_at is None or row.p_at <= ALPHA)
 
 
 def retention(study: Study, analysis: Analysis, point: Variant) -> float | None:
@@ -205,18 +246,46 @@ def _compared(study: Study, benchmark: StudiedBenchmark, point: Variant) -> Row 
         return None
     measured = benchmark.measured[point]
     dense = benchmark.measured.get(study.dense)
-    from_dense = None if dense is None or point == study.dense else compare(dense, measured)
+    of = _stopping_items(study).get(benchmark.name)
+    from_dense = None if dense is None or point == study.dense else compare(dense, measured, of)
     baseline = benchmark.best_baseline
-    from_baseline = None if baseline is None else compare(baseline[1], measured)
-    p_above, p_below = _one_sided(benchmark, measured)
-    return Row(benchmark.name, point, measured, from_dense, None, from_baseline, p_above, p_below, None, None, None, "")
+    from_baseline = None if baseline is None else compare(baseline[1], measured, of)
+    p_above, p_below = _one_sided(benchmark, measured, of)
+    row = Row(benchmark.name, point, measured, from_dense, None, from_baseline, p_above, p_below, None, None, None, "")
+    return row if of is None else _with_margin(study, benchmark, row)
 
 
-def _one_sided(benchmark: StudiedBenchmark, measured: Score) -> tuple[float | None, float | None]:
+def _with_margin(study: Study, benchmark: StudiedBenchmark, row: Row) -> Row:
+    """The row of a benchmark that may stop early, with what is known of the margin."""
+    rule, best, worst = study.stopping, benchmark.best_baseline, benchmark.worst_baseline
+    assert rule is not None
+
+    def p_value(lowest: Score, highest: Score, corrected_for: int) -> float:
+        low, high, own = _outcomes(lowest, highest, row.measured)
+        found = p_within(differences_drawn(low, own), differences_drawn(high, own), rule.margin)
+        return min(float(found) * corrected_for, 1.0)
+
+    dense = benchmark.measured.get(study.dense)
+    if row.from_dense is not None and dense is not None:
+        row = dataclasses.replace(row, p_within=p_value(dense, dense, rule.comparisons))
+    if best is not None and worst is not None:
+        lowest, highest = sorted((best[1], worst[1]), key=lambda score: score.value)
+        row = dataclasses.replace(row, p_at=p_value(lowest, highest, rule.benchmarks))
+    return row
+
+
+def _stopping_items(study: Study) -> Mapping[str, int]:
+    """Of each benchmark that may stop early how many items there are in all."""
+    return {} if study.stopping is None else study.stopping.items
+
+
+def _one_sided(
+    benchmark: StudiedBenchmark, measured: Score, of: int | None = None
+) -> tuple[float | None, float | None]:
     """The largest p-values of being better, and of being worse, than each no-knowledge baseline."""
     better, worse = [], []
     for baseline in benchmark.baselines.values():
-        tested = _test(baseline, measured)
+        tested = _test(baseline, measured, of)
         if tested is None:
             return None, None
         difference, p_value = tested
@@ -232,12 +301,21 @@ def _corrected(p_values: Mapping[int, float | None]) -> dict[int, float]:
     return dict(zip(known, holm(list(known.values())).tolist(), strict=True))
 
 
-def compare(first: Score, second: Score) -> Comparison | None:
+def compare(first: Score, second: Score, of: int | None = None) -> Comparison | None:
     """Compares two scores on the same items: item by item where their outcomes are known.
+
+    Args:
+      first: of the first model.
+      second: of the second.
+      of: how many items there are in all, of a benchmark that may stop early, the first model no sooner than the
+        second; None where all were asked.
 
     Raises:
       ValueError: the outcomes are not of the same items.
     """
+    if of is not None:
+        one, other = _outcomes(first, second)
+        return compare_drawn(one, other, of)
     a, b = first.outcomes, second.outcomes
     if a is not None and b is not None:
         _check_items(a, b)
@@ -247,14 +325,24 @@ def compare(first: Score, second: Score) -> Comparison | None:
     return compare_published(first.value, first.stderr, second.value, second.stderr, second.items)
 
 
-def _test(first: Score, second: Score) -> tuple[float, float] | None:
+def _test(first: Score, second: Score, of: int | None) -> tuple[float, float] | None:
     """The difference and its p-value, as `compare` has them, without the interval."""
-    a, b = first.outcomes, second.outcomes
-    if a is not None and b is not None:
-        _check_items(a, b)
-        return b.mean - a.mean, p_value_paired(a.values, b.values, a.weights)[0]
+    if of is not None:
+        a, b = _outcomes(first, second)
+        return b.mean - a.on(b.keys).mean, p_value_drawn(a, b, of)[0]
+    one, other = first.outcomes, second.outcomes
+    if one is not None and other is not None:
+        _check_items(one, other)
+        return other.mean - one.mean, p_value_paired(one.values, other.values, one.weights)[0]
     found = compare(first, second)
     return None if found is None else (found.difference, found.p_value)
+
+
+def _outcomes(*scores: Score) -> list[Outcomes]:
+    """The outcomes of scores on a benchmark that may stop early, of which they are always known."""
+    found = [score.outcomes for score in scores if score.outcomes is not None]
+    assert len(found) == len(scores)
+    return found
 
 
 def _check_items(a: Outcomes, b: Outcomes) -> None:
@@ -285,6 +373,7 @@ def _items_needed(benchmark: StudiedBenchmark, one: Score, other: Score, level: 
     first, second = one.outcomes, other.outcomes
     if first is None or second is None:
         return None
+    first = first.on(second.keys)  # of a benchmark that stopped early
     if not benchmark.is_perplexity and max(first.values.max(), second.values.max()) > 1:
         return None
     weights = np.ones(first.values.size) if benchmark.is_perplexity and first.weights is None else first.weights
@@ -297,10 +386,12 @@ def round_up(number: int) -> int:
     return -(-number // unit) * unit
 
 
-def _verdict(row: Row, dense: Relation | None, *, is_dense: bool) -> str:
-    relation, change = row.relation, row.change
+def _verdict(study: Study, row: Row, dense: Relation | None) -> str:
+    relation, change, is_dense = row.relation, row.change, row.point == study.dense
     moves = {"worse": "falling", "same": "holding", "better": "improving", None: "not tested against dense"}
     moved = moves[change]
+    if change == "same" and row.is_within and study.stopping is not None:
+        moved = f"within {study.stopping.margin:g} of dense"
     if row.has_too_few_items:
         moved = f"too few items to tell from dense: use {round_up(row.items_needed or 0):,}"
     if relation is None:
@@ -309,7 +400,7 @@ def _verdict(row: Row, dense: Relation | None, *, is_dense: bool) -> str:
         return f"{relation} the baseline"
     if relation == "at" and change is not None:
         came = {("above", "worse"): "fallen to it", ("below", "better"): "risen to it"}
-        if change == "same" and not row.has_too_few_items:
+        if change == "same" and not row.has_too_few_items and not row.is_within:
             moved = "not distinguishable from dense"
         return f"at the baseline: {came.get((dense or 'at', change), moved)}"
     return f"{relation} the baseline, {moved}"
@@ -323,6 +414,8 @@ def _trend(study: Study, benchmark: StudiedBenchmark, method: str) -> Comparison
         return None
     outcomes = [one.outcomes for one in measured]
     known = [one for one in outcomes if one is not None]
+    if len({one.keys for one in known}) > 1:  # some stopped sooner than others
+        return None
     if len(known) == len(points):
         return trend(removed, np.stack([one.values for one in known]), known[0].weights)
     stderrs = [one.stderr for one in measured]

@@ -66,6 +66,7 @@ _ITEM = Kind(
     lambda value: isinstance(value, list) and len(value) == 2 and TEXT.holds(value[0]) and WHOLE.holds(value[1]),
 )
 _COLUMNS = record_of({"values": list_of(NUMBER), "weights": optional(list_of(NUMBER))})
+_STOPPING = optional(record_of({"margin": NUMBER, "levels": WHOLE, "benchmarks": WHOLE, "items": table_of(WHOLE)}))
 _BASELINES = record_of(
     {"benchmarks": table_of(record_of({"metric": TEXT, "keys": list_of(_ITEM), "responders": table_of(_COLUMNS)}))}
 )
@@ -86,7 +87,12 @@ def _row_fault(number: int, row: Any) -> str | None:
 
 
 def baselines_of(document: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    """What baselines are of: the study as its file says, without its rows, and the data of each benchmark."""
+    """What baselines are of: the study as its file says, without its rows, and the data of each benchmark.
+
+    Of a study that stops when it is decided there is no data yet when baselines are needed: it is not looked at.
+    """
+    if document.get("until_decided") is not None:
+        data = {}
     return json_digest([{name: value for name, value in document.items() if name != "rows"}, dict(data)])
 
 
@@ -159,6 +165,9 @@ def load_study(folder: Path) -> Study:
     )
     if fault := next((fault for fault in faults if fault), None):
         raise damaged(str(folder / SWEEP_FILE), fault, _REMEDY)
+    if fault := problem(document.get("until_decided"), _STOPPING, "until_decided"):
+        raise damaged(str(folder / SWEEP_FILE), fault, _REMEDY)
+    stopping = (document.get("until_decided") or {}).get("items", {})
     if not isinstance(document.get("model"), str):
         raise damaged(str(folder / SWEEP_FILE), "it names no model", _REMEDY)
     if not rows:
@@ -167,15 +176,18 @@ def load_study(folder: Path) -> Study:
         Variant(method_name_now(row["method"]), row["level"], row["removed"], row["expansion_ratio"]) for row in rows
     ]
     results: dict[str, dict[Variant, tuple[Result, Score]]] = {}
+    answered: dict[tuple[str, str, int], tuple[str, str]] = {}  # the content of items, of which models had some each
     for point, row in zip(points, rows, strict=True):
         for name, stem in row["results"].items():
             setting = folder / RESULTS_FOLDER / row["setting"]
             result = load_result(setting / f"{stem}.json")
             items = load_items(setting, result)
+            if name in stopping:
+                _check_same_items(folder, name, items, answered)
             texts = [item["text"] for item in items if "text" in item]
             measured = Score.of(outcomes_of_items(items, result.metric), summarise(texts) if texts else None)
             results.setdefault(name, {})[point] = result, measured
-    data = {name: _same_data(folder, name, found.values()) for name, found in results.items()}
+    data = {name: _same_data(folder, name, found.values()) for name, found in results.items() if name not in stopping}
     # Others, of an older study in this folder, are none of this one.
     path = folder / BASELINES_FILE
     baselines = load_baselines(path) if has_baselines(path, baselines_of(document, data)) else {}
@@ -204,16 +216,30 @@ def _same_data(folder: Path, name: str, found: Iterable[tuple[Result, Score]]) -
     results = [result for result, _ in found]
     digests = {result.data for result in results}
     if len(digests) > 1:
-        raise RequestError(
-            f"{folder}: the models of this study answered different versions of {name}: its data, its few-shot "
-            f"examples or its task changed between runs; move the folder away, and begin anew"
-        )
+        raise _different_data(folder, name)
     if len({result.identity for result in results}) > 1:
         raise RequestError(
             f"{folder}: the models of this study were asked different prompts of {name}, as by a chat template that "
             f"wrote the dates of different days; move the folder away, and begin anew"
         )
     return digests.pop()
+
+
+def _check_same_items(
+    folder: Path, name: str, items: Iterable[Mapping[str, Any]], answered: dict[tuple[str, str, int], tuple[str, str]]
+) -> None:
+    """Makes sure that items are those that other models `answered`, as far as these did, and adds them."""
+    for item in items:
+        content = item["doc_hash"], item["target_hash"]
+        if answered.setdefault((name, item["task"], item["doc_id"]), content) != content:
+            raise _different_data(folder, name)
+
+
+def _different_data(folder: Path, name: str) -> RequestError:
+    return RequestError(
+        f"{folder}: the models of this study answered different versions of {name}: its data, its few-shot examples or "
+        f"its task changed between runs; move the folder away, and begin anew"
+    )
 
 
 def _efficiency(folder: Path, model: str) -> dict[str, Any] | None:

@@ -92,6 +92,10 @@ class ResumableRows:
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a row."""
         self.document["rows"].append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file, as after a change to a row."""
         if self._path is not None:
             with synchronize_errors():
                 if is_main():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from evals.results.outcomes import Outcomes
 
 DENSE = "dense"
+MARGIN = 0.05  # of a score: models that differ by less are the same, in a study that stops when it is decided
 
 
 class Variant(NamedTuple):
@@ -112,6 +113,28 @@ class StudiedBenchmark:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoppingRule:
+    """When a benchmark stops before all of its items were asked: when its verdict is settled.
+
+    Attributes:
+      margin: models whose scores differ by less are the same.
+      levels: how many sizes each method is compared with the dense model at.
+      benchmarks: how many benchmarks.
+      items: of each benchmark that may stop, how many there are in all; others run in full.
+    """
+
+    margin: float
+    levels: int
+    benchmarks: int
+    items: Mapping[str, int]
+
+    @property
+    def comparisons(self) -> int:
+        """Of one method with the dense model, for which tests are corrected."""
+        return max(self.levels, 1) * self.benchmarks
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """Everything that was measured.
 
@@ -135,6 +158,12 @@ class Study:
     def dense(self) -> Variant:
         """The model as it was."""
         return self.points[0]
+
+    @property
+    def stopping(self) -> StoppingRule | None:
+        """The rule by which its benchmarks stop early; None where all run in full."""
+        rule = self.about.get("until_decided")
+        return None if rule is None else StoppingRule(**rule)
 
     @property
     def methods(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from gluprune_jax.cli import options
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
+from gluprune_jax.pruning.statistics import SENSITIVITIES
 
 if TYPE_CHECKING:
     from gluprune_jax.pruning.methods import Method
@@ -95,11 +96,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
     Raises:
       RequestError: options that do not go together.
     """
-    from gluprune_jax.pruning.criteria import (  # here: `add_arguments` needs no JAX
-        SENSITIVITIES,
-        find_criterion,
-        inputs_of,
-    )
+    from gluprune_jax.pruning.criteria import find_criterion, inputs_of  # here: `add_arguments` needs no JAX
     from gluprune_jax.pruning.methods import Method
 
     find_criterion(request.criterion)

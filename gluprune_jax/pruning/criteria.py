@@ -32,11 +32,10 @@ import numpy as np
 from jax import Array
 
 from gluprune_jax.errors import RequestError
+from gluprune_jax.pruning.statistics import SENSITIVITIES
 
 Criterion = Callable[..., Array]
 WEIGHTS = ("gate", "up", "down")
-# Those that are gradients of the dense model, and take another pass over the text each.
-SENSITIVITIES = ("sensitivity", "entropy_sensitivity")
 STATISTICS = ("activation_norm", "mean_magnitude", *SENSITIVITIES)
 INPUTS = (*WEIGHTS, *STATISTICS, "key")
 

@@ -42,10 +42,10 @@ from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, to_host, us
 from gluprune_jax.parallel.sharding import constrain, is_divided, partition_spec, per_shard
 from gluprune_jax.pruning import cholesky
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Stream
-from gluprune_jax.pruning.criteria import SENSITIVITIES, Criterion, find_criterion
+from gluprune_jax.pruning.criteria import Criterion, find_criterion
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import check_statistics, mlp_weights, score_neurons, select_neurons
-from gluprune_jax.pruning.statistics import Statistics
+from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics
 
 DAMPING = 1e-3
 _MOST_DAMPING = 1e3

@@ -19,7 +19,7 @@ from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.allocation import by_cost, by_score, layer_costs
 from gluprune_jax.pruning.calibration import collect, gram_folds, gram_matrices, sensitivities
 from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
-from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 from gluprune_jax.pruning.least_squares import (
     FOLDS,
     Compensation,
@@ -29,7 +29,7 @@ from gluprune_jax.pruning.least_squares import (
 )
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
 from gluprune_jax.pruning.scores import MLPWeights, Scores, is_data_driven, score
-from gluprune_jax.pruning.statistics import Statistics, describe_windows
+from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics, describe_windows
 from gluprune_jax.pruning.targets import chosen_layers, target_width
 
 # Of the memory that the host has free, for Gram matrices.
@@ -177,7 +177,7 @@ class Chooser:
         """Those of the model: given, or collected when they are first asked for; None without calibration text.
 
         Args:
-          sensitivities_of: those of `criteria.SENSITIVITIES` that are needed.
+          sensitivities_of: those of `statistics.SENSITIVITIES` that are needed.
 
         Raises:
           RequestError: statistics of other text.

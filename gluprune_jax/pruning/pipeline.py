@@ -21,11 +21,11 @@ from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, check_budget_allowed, target_within
 from gluprune_jax.pruning.choices import MIN_KEEP
-from gluprune_jax.pruning.criteria import SENSITIVITIES, find_criterion, inputs_of
+from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Chooser, Method, Pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
-from gluprune_jax.pruning.statistics import Statistics
+from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics
 from gluprune_jax.pruning.targets import width_rounding
 
 CALIBRATION_TOKENS, SEQUENCE_LENGTH = 32768, 512

@@ -22,9 +22,10 @@ from gluprune_jax.errors import OperationError, RequestError, listed, shortened,
 from gluprune_jax.files.atomic import write_file_atomic
 from gluprune_jax.files.records import NUMBER, OBJECT, TEXT, WHOLE, list_of, problem, record_of
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.pruning.criteria import SENSITIVITIES
 
 FORMAT, VERSION = "gluprune-statistics", 1
+# Those that are gradients of the dense model, and take another pass over the text each.
+SENSITIVITIES = ("sensitivity", "entropy_sensitivity")
 # With which a model writes its own calibration text: 1, so that it is the model's own distribution.
 OWN_TEXT_TEMPERATURE = 1.0
 

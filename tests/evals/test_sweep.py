@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import commands
+import numpy as np
 import pytest
 from byte_tokenizer import VOCABULARY, write_tokenizer
 from tiny_models import hf_config, write_folder
@@ -133,6 +135,59 @@ def test_more_levels_and_methods_join_a_study(
     assert "is of another sweep: its calibration differs" in err
 
 
+def stored_items(study: Path) -> dict[tuple[str, str, str, int], Any]:
+    """The outcomes of a study by method, benchmark, task and position."""
+    return {
+        (row["method"], benchmark, item["task"], item["doc_id"]): item
+        for row in json.loads((study / "sweep.json").read_text())["rows"]
+        for benchmark, stem in row["results"].items()
+        for line in (study / "results" / row["setting"] / f"{stem}.items.jsonl").read_text().splitlines()
+        for item in [json.loads(line)]
+    }
+
+
+def test_a_study_that_stops_when_it_is_decided(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the end it has the results of a full run, and before that some of them."""
+    what = ("--tasks", "tiny_choice,tiny_pages", "--prune-percent", 50)
+    whole = report(capsys, *arguments(model, tasks, tmp_path / "full", *what))
+    to_the_end = report(capsys, *arguments(model, tasks, tmp_path / "open", *what, "--until-decided", 0.01))
+    stops = ("--until-decided", 0.95)
+    early = report(capsys, *arguments(model, tasks, tmp_path / "early", *what, *stops))
+    full, all_of_them, some = (stored_items(tmp_path / name) for name in ("full", "open", "early"))
+    assert [row["measured"]["items"] for row in whole["rows"]] == [24, 24, 12, 12]
+    assert [(row["measured"]["items"], row["settled"]) for row in to_the_end["rows"]] == [
+        *[(24, False)] * 2,
+        *[(12, None)] * 2,
+    ]
+    assert [row["measured"]["items"] < 24 and row["settled"] for row in early["rows"][:2]] == [True, True]
+    assert some.keys() < all_of_them.keys() == full.keys()
+    for found in (all_of_them, some):
+        for key, item in found.items():
+            expected = full[key]
+            for name in ("doc_hash", "target_hash", "metrics"):
+                if key[1] == "tiny_choice":
+                    assert item[name] == expected[name]
+            # Which items stand beside each other in a batch changes how numbers are rounded.
+            np.testing.assert_allclose(np.array(item["responses"]), np.array(expected["responses"]), rtol=1e-4)
+    # The same command resumes: here the row of the pruned model is lost, its answers are there.
+    document = json.loads((tmp_path / "early" / "sweep.json").read_text())
+    (tmp_path / "early" / "sweep.json").write_text(json.dumps(sealed(document | {"rows": document["rows"][:1]})))
+    found = report(capsys, *arguments(model, tasks, tmp_path / "early", *what, *stops, "--resume"))
+    assert json.loads((tmp_path / "early" / "sweep.json").read_text()) == document
+    assert found["about"]["until_decided"]["items"] == {"tiny_choice": 24}
+    assert any("items were asked, over all models" in sentence for sentence in found["summary"])
+    for other, message in (
+        ((*what[:3], "10,50", *stops), "its until_decided differs"),  # more comparisons, another level of each
+        (what, "its until_decided differs"),
+        (("--tasks", "tiny_pages", *what[2:], *stops), "all of the benchmarks run in full"),
+    ):
+        status, _, err = run(capsys, *arguments(model, tasks, tmp_path / "early", *other))
+        assert status == 2
+        assert message in err
+
+
 def test_what_cannot_be_is_refused_before_anything_is_evaluated(
     model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +270,10 @@ def test_refusals(model: Path, tasks: Path, tmp_path: Path, capsys: pytest.Captu
         ([*base, "--limit", "9,piqa=3,piqa=4"], "one for each benchmark that is named"),
         ([*base, "--limit", "9,mmlu=3"], "--limit names mmlu, which is not evaluated; there are piqa"),
         (["--model", model, "--tasks", "piqa,boolq", *base[4:], "--limit", "piqa=3"], "no number for boolq"),
+        ([*base, "--until-decided", "1"], "--until-decided is 1; give a margin between 0 and 1"),
+        ([*base, "--until-decided", "0"], "--until-decided is 0"),
+        ([*base, "--until-decided", "nan"], "--until-decided is nan"),
+        ([*base, "--until-decided", "some"], "--until-decided"),
         ([*base, "--methods", "ppm,ppm"], "--methods has ppm twice"),
         ([*base, "--methods", "hybrid"], "needs activations on text; give --calibration-data TEXT"),
         ([*base, "--calibration-data", "python-reference"], "--calibration-data has no effect with --methods ppm"),

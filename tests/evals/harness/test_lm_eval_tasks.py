@@ -209,7 +209,9 @@ def test_a_study_refuses_what_it_cannot_test_before_a_model_is_loaded(tasks: Pat
     with pytest.raises(RequestError, match="acc is the mean over tasks of different sizes"):
         check_testable(loaded, None)
     check_testable(loaded, 5)
-    check_testable(load(tasks, "tiny_choice")[0], None)
+    with pytest.raises(RequestError, match="no mean over items as long as some are missing"):
+        check_testable(loaded, 5, some=True)
+    check_testable(load(tasks, "tiny_choice")[0], None, some=True)
 
 
 def test_baselines_of_mutual_information_are_those_of_choices_alike_without_the_question(tasks: Path) -> None:

@@ -447,6 +447,23 @@ def test_results_are_lm_evals_own(tasks: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert item["metrics"][f"{name},{sample['filter']}"] == pytest.approx(sample[name])
 
 
+def test_some_items_are_asked_what_they_are_asked_among_all(tasks: Path) -> None:
+    """The few-shot examples of an item are drawn after those of the items before it."""
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    loaded = load_benchmarks(with_num_fewshot(resolve_tasks(["tiny_choice"], manager), 2), manager)
+    (whole,) = evaluate(HashLM(), loaded)
+    chosen = {("tiny_choice_a", 7), ("tiny_choice_b", 3), ("tiny_choice_b", 11)}
+    for _ in range(2):  # prompts are made once
+        lm = HashLM()
+        (some,) = evaluate(lm, loaded, chosen=chosen)
+        assert some.num_items == 3
+        assert len(lm.asked) == 9
+        assert list(some.items) == [item for item in whole.items if (item["task"], item["doc_id"]) in chosen]
+    everything = {(item["task"], item["doc_id"]) for item in whole.items}
+    assert numbers(list(evaluate(HashLM(), loaded, chosen=everything))) == numbers([whole])
+    assert numbers(list(evaluate(HashLM(), loaded))) == numbers([whole])
+
+
 def test_a_task_that_fixes_its_examples_says_so(tasks: Path) -> None:
     notes: list[str] = []
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
