@@ -31,7 +31,7 @@ from scoring_bandwidth import median_seconds
 from shapes import HF_CONFIGS, shapes_of
 
 from gluprune_jax.inference.engine import SCORED_TOKENS, rows, score_tokens
-from gluprune_jax.inference.generation import STEPS_PER_CALL, Sampling, decode, empty_state
+from gluprune_jax.inference.generation import STEPS_PER_CALL, Sampling, decode, empty_state, store
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
@@ -112,7 +112,8 @@ def measure_decoding(model: Decoder, runs: int, slots: int, limits: dict[str, fl
     def call() -> jax.Array:
         cache = states[0].cache.holding(np.full(slots, FILLED, np.int32))
         state = states[0]._replace(cache=cache, remaining=jnp.full((slots,), FILLED, jnp.int32))
-        states[0], out = decode(config, params, state, sampling, masks)
+        state, recent, out = decode(config, params, state, sampling, masks)
+        states[0] = store(state, recent)
         return out
 
     seconds = median_seconds(call, runs) / STEPS_PER_CALL

@@ -30,15 +30,19 @@ from jax.typing import ArrayLike, DTypeLike
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.inference.prefill import CHUNKS, Chunk, append, cache_slots, chunks, extend
-from gluprune_jax.models.cache import KVCache, per_cache_row
+from gluprune_jax.models.attention import Slots
+from gluprune_jax.models.cache import KVCache, per_cache_row, to_tiles, with_bounds, write_layer
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import bind
 from gluprune_jax.parallel.mesh import mesh_of, place, shape_of, use_mesh
-from gluprune_jax.parallel.sharding import constrain
+from gluprune_jax.parallel.sharding import constrain, is_divided
 
 # Tokens decoded by one call into compiled code; between calls the host fills slots and looks for stop strings.
 STEPS_PER_CALL = 16
+# On one CPU a slot of up to so many tokens lies in parts (see `gluprune_jax.models.attention`): four, or fewer of so
+# many tokens. In finer ones less would be read in vain, and the program would compile longer.
+CPU_SLOTS_IN_PARTS, CPU_PART = 4096, 256
 # In place of a token, where the model computes NaN or infinities: what it left in the cache would spoil what follows.
 NON_FINITE = -2
 _EOS_BUCKET = 8
@@ -164,7 +168,8 @@ def generate(
                     )
                     tokens_chosen = np.asarray(chosen)
                     firsts |= {replica * slots + fresh[replica][0]: int(tokens_chosen[replica]) for replica in done}
-            state, out = decode(config, params, state, sampling, neuron_masks)
+            state, recent, out = decode(config, params, state, sampling, neuron_masks)
+            state = store(state, recent)
             new = np.asarray(out)
             for slot, number in list(running.items()):
                 added = [firsts[slot]] if slot in firsts else []
@@ -256,9 +261,11 @@ def last_hidden(hidden: Array, last: ArrayLike) -> Array:
 
 
 def slots_for(longest: int) -> int:
-    """Slots of the cache for sequences of up to `longest` tokens: a power of two, so that few programs serve all."""
+    """Slots of the cache for sequences of up to `longest` tokens: of few sizes, so that few programs serve all."""
     longest += STEPS_PER_CALL  # a call writes that many, wanted or not
-    return max(CHUNKS[-1], 1 << (longest - 1).bit_length())
+    if longest <= 2048:
+        return -(-longest // CHUNKS[-1]) * CHUNKS[-1]
+    return 1 << (longest - 1).bit_length()
 
 
 def queue(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -286,7 +293,10 @@ def _shared(parts: Sequence[Chunk], held: Sequence[Chunk]) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_state(config: ModelConfig, slots: int, size: int, dtype: DTypeLike) -> DecodeState:
     """`slots` free slots, each with a cache of `size` tokens."""
-    cache = KVCache.empty(config, slots, size, dtype)
+    is_alone = jax.default_backend() == "cpu" and not is_divided()
+    part = max(CPU_PART, size // 4)
+    in_parts = is_alone and size <= CPU_SLOTS_IN_PARTS and size % part == 0
+    cache = KVCache.empty(config, slots, size, dtype, part=part if in_parts else None)
     return DecodeState(cache, *(constrain(jnp.zeros((slots,), jnp.int32)) for _ in range(3)))
 
 
@@ -333,11 +343,16 @@ def admit(
     ended = (token == NON_FINITE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
     remaining = jnp.where(ended, 0, jnp.asarray(max_new_tokens, jnp.int32) - 1)
 
-    def write(layer: Array, prompt: Array, slot: Array) -> Array:
-        prompt = prompt[:, :, : layer.shape[2]]
-        start = (jnp.maximum(slot[0], 0), 0, 0, 0)
-        there = jax.lax.dynamic_slice(layer, start, prompt.shape)
-        return jax.lax.dynamic_update_slice(layer, jnp.where(slot[0] < 0, there, prompt), start)
+    def write_part(part: Array, prompt: Array, slot: Array) -> Array:
+        prompt = to_tiles(prompt) if part.ndim == 5 else prompt
+        start = [jnp.maximum(slot[0], 0), *[jnp.int32(0)] * (part.ndim - 1)]
+        there = jax.lax.dynamic_slice(part, start, prompt.shape)
+        return jax.lax.dynamic_update_slice(part, jnp.where(slot[0] < 0, there, prompt), start)
+
+    def write(layer: Slots, prompt: Array, slot: Array) -> Slots:
+        if isinstance(layer, tuple):
+            return tuple(write_part(part, prompt[:, :, a:b], slot) for part, (a, b) in with_bounds(layer))
+        return write_part(layer, prompt[:, :, : layer.shape[2]], slot)
 
     B, R = state.token.shape[0], slots.shape[0]
     at = jnp.where(slots < 0, B, jnp.arange(R) * (B // R) + slots)  # B is out of range, and dropped
@@ -359,26 +374,34 @@ def decode(
     state: DecodeState,
     sampling: Sampling,
     neuron_masks: tuple[ArrayLike, ...] | None,
-) -> tuple[DecodeState, Array]:
+) -> tuple[DecodeState, KVCache, Array]:
     """Decodes up to `STEPS_PER_CALL` tokens, fewer when all sequences have ended.
 
-    `state` is donated: the cache is updated in place.
+    `state` is donated.
 
     Returns:
-      The new state, and `[B, STEPS_PER_CALL]` int32 new tokens, -1 where a sequence had already ended.
+      The new state, whose cache lacks the keys and values of the new tokens: `store` them next; those, with the slot in
+      which each row's begin as lengths; and `[B, STEPS_PER_CALL]` int32 new tokens, -1 where a sequence had already
+      ended.
     """
     chex.assert_shape([state.token, state.remaining, state.number], state.cache.lengths.shape)
     model = bind(config, params)
     # The large cache is only read within the loop: written there, XLA would copy all of it at every step.
     old, B = state.cache, state.token.shape[0]
-    recent = KVCache.empty(config, B, STEPS_PER_CALL, old.layers[0].k.dtype)
+    recent = KVCache.empty(config, B, STEPS_PER_CALL, jax.tree.leaves(old.layers)[0].dtype)
     out = jnp.full((B, STEPS_PER_CALL), -1, jnp.int32)
 
     def step(carry: tuple[Array, Array, Array, KVCache, Array]) -> tuple[Array, Array, Array, KVCache, Array]:
         i, token, remaining, recent, out = carry
         running = remaining > 0
         hidden, new = model(token[:, None], caches=[old, recent], neuron_masks=neuron_masks)
-        recent = recent.append(new, running.astype(jnp.int32))
+        # All rows at the same slot: those that still run have as many tokens, and what the others hold is not used.
+        layers = jax.tree.map(
+            lambda slots, fresh: jax.lax.dynamic_update_slice_in_dim(slots, fresh.astype(slots.dtype), i, axis=2),
+            recent.layers,
+            new,
+        )
+        recent = KVCache(layers, constrain(recent.lengths + 1))
         token = choose(model.logits(hidden[:, 0]), sampling, state.number, old.lengths + recent.lengths)
         out = jax.lax.dynamic_update_index_in_dim(out, jnp.where(running, token, -1), i, axis=1)
         ended = (token == NON_FINITE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
@@ -390,10 +413,18 @@ def decode(
 
     carry = jnp.int32(0), state.token, state.remaining, recent, out
     _, token, remaining, recent, out = jax.lax.while_loop(running, step, carry)
-    cache = old.append(recent.layers, recent.lengths)
     # An ended sequence is not attended to any more, so the others need not wait for its length.
-    cache = cache._replace(lengths=constrain(jnp.where(remaining > 0, cache.lengths, 0)))
-    return DecodeState(cache, constrain(token), constrain(remaining), constrain(state.number)), constrain(out)
+    cache = old._replace(lengths=constrain(jnp.where(remaining > 0, old.lengths + recent.lengths, 0)))
+    state = DecodeState(cache, constrain(token), constrain(remaining), constrain(state.number))
+    return state, recent._replace(lengths=constrain(old.lengths)), constrain(out)
+
+
+def store(state: DecodeState, recent: KVCache) -> DecodeState:
+    """Puts what `decode` returned into the cache of its state, which is donated."""
+    cache = state.cache
+    pairs = zip(cache.layers, recent.layers, strict=True)
+    layers = tuple(write_layer(layer, new, recent.lengths) for layer, new in pairs)
+    return state._replace(cache=cache._replace(layers=layers))
 
 
 def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) -> Array:

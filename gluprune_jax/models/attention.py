@@ -6,10 +6,15 @@ head, H head dim.
 The softmax is accumulated over blocks of keys (FlashAttention, arXiv 2205.14135): for each query the largest score,
 the sum of `exp(score - largest)` and the values weighted by it, all float32. Blocks of the cache behind the last
 filled slot are not visited, so one compiled program costs what the cache holds and not what it could hold.
+
+A cache is one array, whose blocks a loop visits, or several: *parts*, with keys in tiles. On CPUs, XLA copies each
+block of a loop, which takes twice as long as the products with it; a part it reads where it lies.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import chex
 import jax
@@ -21,7 +26,11 @@ MAX_UNBLOCKED_QUERIES = 2048
 QUERY_BLOCK = 256
 # Slots of the cache whose scores exist at the same time; S is a multiple of it.
 KEY_BLOCK = 256
+# Slots of a tile of keys, `[H, t]`: few queries are multiplied with it in a third of the time that `[t, H]` takes.
+KEY_TILE = 64
 
+# Keys or values of a cache: an array, or parts that follow one another.
+Slots = Array | tuple[Array, ...]
 _Softmax = tuple[Array, Array, Array]  # largest score [B, K, G, T], sum [B, K, G, T], weighted values [B, K, G, T, H]
 
 
@@ -61,7 +70,7 @@ def causal_attention(
     k: Array,
     v: Array,
     visible: Visible = ALL_BEFORE,
-    caches: Sequence[tuple[Array, Array, Array]] = (),
+    caches: Sequence[tuple[Slots, Slots, Array]] = (),
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -75,7 +84,8 @@ def causal_attention(
       visible: which of these each token sees.
       caches: each keys and values `[C, K, S, H]` and how many slots of each row are filled, `[C]` int32. C divides B:
         a row is that of B / C neighbours. S is a multiple of `KEY_BLOCK`, or less. With a window, those of each cache
-        follow on those of the one before.
+        follow on those of the one before. Parts are tuples of values `[C, K, S, H]`, whose S are multiples of
+        `KEY_TILE`, and of keys `[C, K, S / KEY_TILE, H, KEY_TILE]`.
       scale: multiplies the scores; None for `H**-0.5`.
       soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for none.
 
@@ -88,8 +98,13 @@ def causal_attention(
         if given is not None:
             chex.assert_shape(given, (B, T))
     for keys, values, filled in caches:
-        chex.assert_shape([keys, values], (*filled.shape, K, None, H))
         chex.assert_is_divisible(B, filled.shape[0])
+        if isinstance(keys, tuple):
+            for tiles, part in zip(keys, values, strict=True):
+                chex.assert_shape(part, (*filled.shape, K, None, H))
+                chex.assert_shape(tiles, (*filled.shape, K, part.shape[2] // KEY_TILE, H, KEY_TILE))
+        else:
+            chex.assert_shape([keys, values], (*filled.shape, K, None, H))
     scores = _Scores(H**-0.5 if scale is None else scale, soft_cap)
     # Heads lead, so that heads that are divided over devices stay so when T is merged with another axis.
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -119,7 +134,7 @@ def _over_new_tokens(scores: _Scores, q: Array, k: Array, v: Array, visible: Vis
             seen &= own[:, :, None] - positions[:, None, :keys] < window
         nothing = jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
         empty = nothing, jnp.zeros_like(nothing), jnp.zeros(q.shape, jnp.float32)
-        return _accumulate(scores, empty, q, k[:, :, :keys], v[:, :, :keys], seen)
+        return _over_keys(scores, empty, q, k[:, :, :keys], v[:, :, :keys], seen)
 
     if T <= MAX_UNBLOCKED_QUERIES:
         # The later half of the keys is invisible to the earlier half of the queries: four blocks save 3/8 of the work.
@@ -149,15 +164,15 @@ def _over_cache(
     scores: _Scores,
     q: Array,
     softmax: _Softmax,
-    k: Array,
-    v: Array,
+    k: Slots,
+    v: Slots,
     filled: Array,
     visible: Visible,
     before: Array,
 ) -> _Softmax:
     """Adds a cache to the softmax; `before` is how many tokens those in front of it hold, row by row of theirs."""
     B, K, G, T = q.shape[:4]
-    C = k.shape[0]
+    C = filled.shape[0]
     window, positions = visible.window, visible.positions
     own = None  # of the queries, counted from the first slot of this cache, [C, queries]
     if window is not None:
@@ -173,21 +188,31 @@ def _over_cache(
         q, (largest, total, out) = joined(q), map(joined, softmax)
         softmax = largest, total, out
 
-    size = min(KEY_BLOCK, k.shape[2])
+    first = 0 if window is None or own is None else jnp.maximum(jnp.min(own) - window + 1, 0)
+    end = jnp.max(filled)
 
-    def step(i: Array | int, softmax: _Softmax) -> _Softmax:
-        k_block, v_block = (jax.lax.dynamic_slice_in_dim(part, i * size, size, axis=2) for part in (k, v))
-        slots = i * size + jnp.arange(size)
+    def seen(start: Array | int, count: int) -> Array:
+        slots = start + jnp.arange(count)
         seen = slots < filled[:, None, None]
         if window is not None and own is not None:
             seen &= own[:, :, None] - slots < window
-        return _accumulate(scores, softmax, q, k_block, v_block, seen)
+        return seen
 
-    if size == k.shape[2]:
-        result = step(0, softmax)
+    if isinstance(k, tuple) and isinstance(v, tuple):
+        slots = sum(part.shape[2] for part in v)
+        result = _over_parts(scores, softmax, q, k, v, seen(0, slots), first, end)
     else:
-        first = 0 if window is None or own is None else jnp.maximum(jnp.min(own) - window + 1, 0) // size
-        result = jax.lax.fori_loop(first, (jnp.max(filled) + size - 1) // size, step, softmax)
+        k, v = cast("tuple[Array, Array]", (k, v))
+        size = min(KEY_BLOCK, k.shape[2])
+
+        def step(i: Array | int, softmax: _Softmax) -> _Softmax:
+            k_block, v_block = (jax.lax.dynamic_slice_in_dim(part, i * size, size, axis=2) for part in (k, v))
+            return _over_keys(scores, softmax, q, k_block, v_block, seen(i * size, size))
+
+        if size == k.shape[2]:
+            result = step(0, softmax)
+        else:
+            result = jax.lax.fori_loop(first // size, (end + size - 1) // size, step, softmax)
     if shared:
 
         def apart(part: Array) -> Array:
@@ -199,24 +224,68 @@ def _over_cache(
     return result
 
 
-def _accumulate(how: _Scores, softmax: _Softmax, q: Array, k: Array, v: Array, visible: Array) -> _Softmax:
+def _over_keys(how: _Scores, softmax: _Softmax, q: Array, k: Array, v: Array, visible: Array) -> _Softmax:
     """Adds keys and values `[B, K, S, H]` to the softmax of `q [B, K, G, T, H]`; `visible [B, T, S]`."""
-    B, K, G, T, H = q.shape
-    # G and T as one axis: one large matrix product a head instead of G small ones.
-    scores = jnp.einsum("bkqh,bksh->bkqs", q.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkqh,bksh->bkqs", _merged(q), k, preferred_element_type=jnp.float32)
+    return _accumulate(how, softmax, scores, functools.partial(_weighted, v), visible)
+
+
+def _over_parts(
+    how: _Scores,
+    softmax: _Softmax,
+    q: Array,
+    k: tuple[Array, ...],
+    v: tuple[Array, ...],
+    visible: Array,
+    first: Array | int,
+    end: Array,
+) -> _Softmax:
+    """Adds a cache in parts, of which slots before `first` and from `end` on are visible to no query."""
+    B, K, Q, H = _merged(q).shape
+    bounds = list(itertools.pairwise(itertools.accumulate((part.shape[2] for part in v), initial=0)))
+
+    def where_needed(i: int, function: Callable[..., Array], *operands: Array) -> Array:
+        needed = (bounds[i][0] < end) & (first < bounds[i][1])
+        shape = jax.eval_shape(function, *operands)
+        result: Array = jax.lax.cond(needed, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *operands)
+        return result
+
+    def score(tiles: Array) -> Array:
+        # Not "bkqnt": XLA's fast product of matrices takes no other order of axes than that of its operands.
+        each = jnp.broadcast_to(_merged(q)[:, :, None], (B, K, tiles.shape[2], Q, H))
+        return jnp.einsum("bknqh,bknht->bknqt", each, tiles, preferred_element_type=jnp.float32)
+
+    def weighted(weights: Array) -> Array:
+        parts = (where_needed(i, _weighted, part, weights[..., slice(*bounds[i])]) for i, part in enumerate(v))
+        return functools.reduce(jnp.add, parts)
+
+    scores = jnp.concatenate([where_needed(i, score, part) for i, part in enumerate(k)], axis=2)
+    return _accumulate(how, softmax, scores.swapaxes(2, 3).reshape(B, K, Q, -1), weighted, visible)
+
+
+def _merged(q: Array) -> Array:
+    """`[B, K, G, T, H]` with G and T as one axis: one large matrix product a head instead of G small ones."""
+    return q.reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+def _weighted(v: Array, weights: Array) -> Array:
+    """Values `[B, K, S, H]` weighted by `[B, K, Q, S]`."""
+    return jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def _accumulate(
+    how: _Scores, softmax: _Softmax, scores: Array, weighted: Callable[[Array], Array], visible: Array
+) -> _Softmax:
+    """Adds keys with `scores [B, K, G * T, S]` to a softmax, and by their weights their values; `visible [B, T, S]`."""
+    old_largest, total, out = softmax
+    B, K, G, T, _ = out.shape
     scores = (scores * how.scale).reshape(B, K, G, T, -1)
     if how.soft_cap is not None:
         scores = how.soft_cap * jnp.tanh(scores / how.soft_cap)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    old_largest, total, out = softmax
     largest = jnp.maximum(old_largest, jnp.max(scores, axis=-1))  # finite: a token sees itself
     weights = jnp.exp(scores - largest[..., None])
     scale = jnp.exp(old_largest - largest)
-    weighted = jnp.einsum(
-        "bkqs,bksh->bkqh",
-        weights.reshape(B, K, G * T, -1).astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    )
     total = total * scale + jnp.sum(weights, axis=-1)
-    return largest, total, out * scale[..., None] + weighted.reshape(out.shape)
+    added = weighted(weights.reshape(B, K, G * T, -1)).reshape(out.shape)
+    return largest, total, out * scale[..., None] + added

@@ -1,7 +1,7 @@
 """The KV cache."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import chex
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
-from gluprune_jax.models.attention import KEY_BLOCK
+from gluprune_jax.models.attention import KEY_BLOCK, KEY_TILE, Slots
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.parallel.sharding import CACHE_AXES, RULES, constrain, per_shard
 
@@ -21,13 +21,16 @@ from gluprune_jax.parallel.sharding import CACHE_AXES, RULES, constrain, per_sha
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each `[B, K, S, H]`; the slot index along S is the position."""
+    """Keys and values of one layer, each `[B, K, S, H]`; the slot index along S is the position.
 
-    k: Array
-    v: Array
+    Those of a cache may be in parts instead (see `causal_attention`).
+    """
+
+    k: Slots
+    v: Slots
 
 
-LayerView = tuple[Array, Array, Array]  # keys, values, and how many slots of each row are filled
+LayerView = tuple[Slots, Slots, Array]  # keys, values, and how many slots of each row are filled
 
 
 class KVCache(NamedTuple):
@@ -42,11 +45,21 @@ class KVCache(NamedTuple):
     lengths: Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
-        """A zeroed cache of `slots` a row; a multiple of `attention.KEY_BLOCK`, or less than that."""
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, *, part: int | None = None
+    ) -> "KVCache":
+        """A zeroed cache of `slots` a row; a multiple of `attention.KEY_BLOCK`, or less than that.
+
+        Args:
+          config: of the model.
+          batch: rows.
+          slots: of each row.
+          dtype: of keys and values.
+          part: slots of each part, a multiple of `attention.KEY_TILE` that divides `slots`; None for one array.
+        """
         if slots > KEY_BLOCK and slots % KEY_BLOCK:
             raise ValueError(f"a cache of {slots} slots; above {KEY_BLOCK} it must be a multiple of it")
-        empty: KVCache = _zeroed_cache(config, batch, slots, jnp.dtype(dtype))
+        empty: KVCache = _zeroed_cache(config, batch, slots, jnp.dtype(dtype), part)
         return empty
 
     def holding(self, lengths: NDArray[np.int32]) -> "KVCache":
@@ -60,33 +73,76 @@ class KVCache(NamedTuple):
         There must be room for all T: where `lengths + T` exceeds the slots, filled ones are overwritten.
         """
         for layer, fresh in zip(self.layers, new, strict=True):
-            B, K, _, H = layer.k.shape
+            B, K, *_, H = jax.tree.leaves(layer.v)[0].shape
             chex.assert_shape([fresh.k, fresh.v], (B, K, None, H))
         chex.assert_rank(self.lengths, 1)
-
-        def write(slots: Array, fresh: Array, lengths: Array) -> Array:
-            fresh = fresh.astype(slots.dtype)
-            if slots.shape[0] == 1:
-                return jax.lax.dynamic_update_slice_in_dim(slots, fresh, lengths[0], axis=2)
-            return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, lengths)
-
-        layers = per_cache_row(write, self.layers, new, self.lengths)
+        layers = per_cache_row(_write, self.layers, new, self.lengths)
         return KVCache(layers, constrain(self.lengths + jnp.asarray(counts)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _zeroed_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
-    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _zeroed_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, part: int | None) -> KVCache:
+    shape = (batch, config.num_key_value_heads, part or slots, config.head_dim)
 
     def zeros() -> Array:
         return constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
 
-    layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers))
+    def layer() -> LayerCache:
+        if part is None:
+            return LayerCache(zeros(), zeros())
+        parts = range(slots // part)
+        return LayerCache(tuple(to_tiles(zeros()) for _ in parts), tuple(zeros() for _ in parts))
+
+    layers = tuple(layer() for _ in range(config.num_hidden_layers))
     return KVCache(layers, constrain(jnp.zeros((batch,), jnp.int32)))
 
 
+def to_tiles(keys: Array) -> Array:
+    """Keys `[B, K, S, H]` as those of a part are laid out, `[B, K, S / t, H, t]`."""
+    B, K, S, H = keys.shape
+    chex.assert_is_divisible(S, KEY_TILE)
+    return keys.reshape(B, K, S // KEY_TILE, KEY_TILE, H).swapaxes(3, 4)
+
+
+def with_bounds(parts: tuple[Array, ...]) -> Iterator[tuple[Array, tuple[int, int]]]:
+    """Parts of keys or values, each with the first of its slots and the one behind its last."""
+    start = 0
+    for part in parts:
+        end = start + part.shape[2] * (KEY_TILE if part.ndim == 5 else 1)
+        yield part, (start, end)
+        start = end
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_layer(layer: LayerCache, new: LayerCache, first: ArrayLike) -> LayerCache:
+    """Puts T new tokens of each row into the slots of a layer from `first [B]` int32 on; `layer` is donated.
+
+    A program of one layer, which serves all: of all layers in one, it would compile as long as the decoder.
+    """
+    return per_cache_row(_write, (layer,), (new,), first)[0]
+
+
+def _write(slots: Slots, fresh: Array, first: Array) -> Slots:
+    if isinstance(slots, tuple):
+        return tuple(_write_part(part, fresh, first - start) for part, (start, _) in with_bounds(slots))
+    fresh = fresh.astype(slots.dtype)
+    if slots.shape[0] == 1:
+        return jax.lax.dynamic_update_slice_in_dim(slots, fresh, first[0], axis=2)
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, first)
+
+
+def _write_part(part: Array, fresh: Array, first: Array) -> Array:
+    """Writes `fresh [B, K, T, H]` into a part from the slots `first [B]` on, leaving out what lies outside of it."""
+    at = first[:, None] + jnp.arange(fresh.shape[2])
+    at = jnp.where(at < 0, np.iinfo(np.int32).max, at)  # negative indices would count from the end
+    rows, fresh = jnp.arange(part.shape[0])[:, None], fresh.swapaxes(1, 2).astype(part.dtype)
+    if part.ndim == 5:
+        return part.at[rows, :, at // KEY_TILE, :, at % KEY_TILE].set(fresh, mode="drop")
+    return part.at[rows, :, at].set(fresh, mode="drop")
+
+
 def per_cache_row(
-    function: Callable[[Array, Array, Array], Array],
+    function: Callable[[Slots, Array, Array], Slots],
     layers: tuple[LayerCache, ...],
     others: tuple[LayerCache, ...],
     indices: ArrayLike,
@@ -96,7 +152,8 @@ def per_cache_row(
     Divided caches that are written at indices which differ between rows would be gathered first.
 
     Args:
-      function: of arrays `[B, K, S, H]`, `[C, K, T, H]` and `[C]` of one device, giving new slots.
+      function: of slots (an array `[B, K, S, H]` or parts) and arrays `[C, K, T, H]` and `[C]` of one device, giving
+        new slots.
       layers: the slots.
       others: what goes into them.
       indices: `[C]` int32.
@@ -105,7 +162,10 @@ def per_cache_row(
     specs = tuple(PartitionSpec(*(RULES[axis] for axis in names)) for names in axes)  # type: ignore[no-untyped-call]
 
     def every(layers: Any, others: Any, indices: Array) -> Any:
-        return jax.tree.map(lambda slots, other: function(slots, other, indices), layers, others)
+        return tuple(
+            LayerCache(*(function(slots, other, indices) for slots, other in zip(layer, fresh, strict=True)))
+            for layer, fresh in zip(layers, others, strict=True)
+        )
 
     result: tuple[LayerCache, ...] = per_shard(every, specs, specs[0])(layers, others, jnp.asarray(indices))
     return result

@@ -23,6 +23,7 @@ from gluprune_jax.inference.generation import Sampling, decode, empty_state
 from gluprune_jax.inference.prefill import extend
 from gluprune_jax.models import attention
 from gluprune_jax.models.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, Visible, causal_attention
+from gluprune_jax.models.cache import to_tiles
 from gluprune_jax.models.config import LayerAttention, Llama3Rope, ModelConfig, Rope
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model, bind
@@ -333,6 +334,20 @@ def test_blocks_of_the_cache_change_nothing(filled: list[int], monkeypatch: pyte
     for size in (32, 512):
         monkeypatch.setattr(attention, "KEY_BLOCK", size)
         np.testing.assert_allclose(attend(*inputs, None, caches), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("window", [None, 3, 70])
+@pytest.mark.parametrize("filled", [[0, 0], [1, 64], [192, 65], [150], [0]])
+def test_parts_of_a_cache_change_nothing(filled: list[int], window: int | None, T: int) -> None:
+    inputs, cache = random_inputs(T), random_cache(192, filled)
+    positions = np.repeat(cache[2], B // len(filled))[:, None] + np.arange(T, dtype=np.int32)
+    run = functools.partial(jax.jit(functools.partial(over, window=window)), *inputs, None, positions=positions)
+    expected = run([cache])
+    for cuts in ([64], [128], [64, 128]):
+        parts = tuple(tuple(np.split(slots, cuts, axis=2)) for slots in cache[:2])
+        tiles = tuple(to_tiles(part) for part in parts[0])
+        np.testing.assert_allclose(run([(tiles, parts[1], cache[2])]), expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("filled", [[0], [300], [0, 257], [255, 256]])

@@ -1,0 +1,82 @@
+"""Seconds per decoded token of this tree and of another one, in alternating pairs of processes.
+
+    git worktree add /tmp/before COMMIT && python benchmarks/decode_step.py --against /tmp/before
+
+The demo model in float32 continues equal prompts (`--slots` of `--context` tokens, greedily) with `generate`, whose
+callback every 16 tokens is the clock: the first call, with compilation and prompts, is left out. Wall and CPU seconds
+of a step; on a machine with other work the CPU seconds are steadier.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+CHILD = """
+import itertools, json, sys, time
+import numpy as np
+import convert
+try:
+    from gluprune_jax.inference.generation import generate
+except ImportError:
+    from gluprune_jax.generation import generate
+slots, context, calls = map(int, sys.argv[1:])
+model = convert.load("demo", dtype="float32").model
+prompt = np.random.default_rng(0).integers(1000, 40000, context).tolist()
+laps = []
+start = time.perf_counter()
+texts = generate(
+    model,
+    [prompt] * slots,
+    max_new_tokens=16 * calls + 17,
+    slots=slots,
+    on_tokens=lambda count: laps.append((time.perf_counter(), time.process_time())),
+)
+steps = [[(b - a) / 16 for a, b in zip(*pair)] for pair in itertools.pairwise(laps)][:calls]
+print(json.dumps({"first": laps[0][0] - start, "steps": steps, "tokens": texts[0]}))
+"""
+
+
+def measure(tree: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Of a tree: seconds of the first call, wall and CPU seconds of a step (medians), and the tokens."""
+    command = [sys.executable, "-c", CHILD, *map(str, (args.slots, args.context, args.calls))]
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    result = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    wall, cpu = (statistics.median(values) for values in zip(*found["steps"], strict=True))
+    return {"first call": [found["first"]], "wall": [wall], "cpu": [cpu], "tokens": found["tokens"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, required=True, help="another tree of this project")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--calls", type=int, default=4, help="timed calls of a process, 16 tokens each")
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    here = Path(__file__).resolve().parents[1]
+    pairs = [(measure(args.against.resolve(), args), measure(here, args)) for _ in range(args.pairs)]
+    table = Table(title=f"{args.slots} sequences, {args.context} tokens before them", title_justify="left")
+    for heading in ("", "before", "now", "ratio (smallest to largest)"):
+        table.add_column(heading)
+    for key, unit, scale in (("first call", "s", 1), ("wall", "ms a step", 1e3), ("cpu", "ms a step", 1e3)):
+        before, now = ([pair[i][key][0] * scale for pair in pairs] for i in (0, 1))
+        ratios = sorted(b / a for a, b in zip(before, now, strict=True))
+        cells = f"{statistics.median(before):.1f}", f"{statistics.median(now):.1f}"
+        table.add_row(
+            f"{key}, {unit}", *cells, f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"the same tokens: {all(a['tokens'] == b['tokens'] for a, b in pairs)}")
+
+
+if __name__ == "__main__":
+    main()
