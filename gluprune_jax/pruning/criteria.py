@@ -158,7 +158,7 @@ def taylor(sensitivity: Array) -> Array:
     return sensitivity
 
 
-def taylor_entropy(entropy_sensitivity: Array) -> Array:
+def entropy(entropy_sensitivity: Array) -> Array:
     """As `taylor`, of the entropy of the model's output in place of the labels' loss (arXiv 2603.08083)."""
     chex.assert_rank(entropy_sensitivity, 1)
     return entropy_sensitivity
@@ -172,7 +172,7 @@ CRITERIA: dict[str, Criterion] = WEIGHT_CRITERIA | {
     "activation": activation,
     "wanda": wanda,
     "taylor": taylor,
-    "taylor-entropy": taylor_entropy,
+    "entropy": entropy,
 }
 
 

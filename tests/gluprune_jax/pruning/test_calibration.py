@@ -270,7 +270,7 @@ def test_criteria_say_what_they_look_at() -> None:
         "activation",
         "wanda",
         "taylor",
-        "taylor-entropy",
+        "entropy",
     }
 
 

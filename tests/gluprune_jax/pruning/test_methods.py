@@ -207,7 +207,7 @@ def test_in_order_is_recorded(argv: list[object], tmp_path: Path, capsys: Captur
 
 def test_a_refit_that_is_cross_validated(folder: Path, argv: list[object], capsys: Capture) -> None:
     """By the command, in one word and layer by layer; the record says of each layer how strong the refit is."""
-    options = ("--criterion", "taylor-entropy", "--compensate", "cv-least-squares", "--prune-percent", 40)
+    options = ("--criterion", "entropy", "--compensate", "cv-least-squares", "--prune-percent", 40)
     done = report(capsys, *argv, *options)["compensation"]
     assert done["method"] == "cross-validated least-squares"
     assert len(done["strength"]) == len(done["dampings"])
@@ -222,8 +222,8 @@ def test_a_criterion_finds_that_its_statistics_lack_a_sensitivity(folder: Path) 
     checkpoint, windows = windows_of(folder)
     statistics = collect(checkpoint.model, windows, sensitivity=True)
     chooser = Chooser(checkpoint.model, checkpoint.mlp_weights, statistics=statistics)
-    with pytest.raises(RequestError, match="'taylor-entropy' looks at the entropy sensitivity, which these statistics"):
-        chooser.scores("taylor-entropy")
+    with pytest.raises(RequestError, match="'entropy' looks at the entropy sensitivity, which these statistics"):
+        chooser.scores("entropy")
 
 
 def test_the_seed_of_random_neurons(argv: list[object], capsys: Capture, folder: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ("wanda+global+ls+sequential", Method("wanda", "global", is_compensated=True, sequential=True)),
         ("taylor+measured", Method("taylor", "measured")),
         ("wanda+cv-least-squares", Method("wanda", is_compensated=True, cross_validates=True)),
-        ("taylor-entropy+cv-ls+sequential", Method("taylor-entropy", "uniform", 0.2, True, True, 0, True)),
+        ("entropy+cv-ls+sequential", Method("entropy", "uniform", 0.2, True, True, 0, True)),
     ],
 )
 def test_methods_in_one_word(text: str, method: Method) -> None:
