@@ -4,7 +4,7 @@
 
 The demo model in float32 continues equal prompts (`--slots` of `--context` tokens, greedily) with `generate`, whose
 callback every 16 tokens is the clock: the first call, with compilation and prompts, is left out. Wall and CPU seconds
-of a step; on a machine with other work the CPU seconds are steadier.
+of a step (medians of `--calls` calls and of `--pairs` pairs); beside other work the CPU seconds are steadier.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -28,9 +29,8 @@ except ImportError:
     from gluprune_jax.generation import generate
 slots, context, calls = map(int, sys.argv[1:])
 model = convert.load("demo", dtype="float32").model
-prompt = np.random.default_rng(0).integers(1000, 40000, context).tolist()
+prompt = np.random.default_rng(0).integers(1000, 40000, context + 1).tolist()  # the last chunk is short
 laps = []
-start = time.perf_counter()
 texts = generate(
     model,
     [prompt] * slots,
@@ -39,18 +39,25 @@ texts = generate(
     on_tokens=lambda count: laps.append((time.perf_counter(), time.process_time())),
 )
 steps = [[(b - a) / 16 for a, b in zip(*pair)] for pair in itertools.pairwise(laps)][:calls]
-print(json.dumps({"first": laps[0][0] - start, "steps": steps, "tokens": texts[0]}))
+print(json.dumps({"steps": steps, "tokens": texts[0]}))
 """
 
 
-def measure(tree: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Of a tree: seconds of the first call, wall and CPU seconds of a step (medians), and the tokens."""
+class Decoded(NamedTuple):
+    """What a tree did: wall and CPU seconds of a step (medians), and the tokens."""
+
+    wall: float
+    cpu: float
+    tokens: list[int]
+
+
+def measure(tree: Path, args: argparse.Namespace) -> Decoded:
     command = [sys.executable, "-c", CHILD, *map(str, (args.slots, args.context, args.calls))]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     result = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
     wall, cpu = (statistics.median(values) for values in zip(*found["steps"], strict=True))
-    return {"first call": [found["first"]], "wall": [wall], "cpu": [cpu], "tokens": found["tokens"]}
+    return Decoded(wall, cpu, found["tokens"])
 
 
 def main() -> None:
@@ -62,20 +69,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
     here = Path(__file__).resolve().parents[1]
-    pairs = [(measure(args.against.resolve(), args), measure(here, args)) for _ in range(args.pairs)]
+    pairs = []
+    for _ in range(args.pairs):
+        pairs.append((measure(args.against.resolve(), args), measure(here, args)))
+        print(*(f"{side.wall:.4f} s, CPU {side.cpu:.4f} s" for side in pairs[-1]), sep="   ", file=sys.stderr)
     table = Table(title=f"{args.slots} sequences, {args.context} tokens before them", title_justify="left")
     for heading in ("", "before", "now", "ratio (smallest to largest)"):
         table.add_column(heading)
-    for key, unit, scale in (("first call", "s", 1), ("wall", "ms a step", 1e3), ("cpu", "ms a step", 1e3)):
-        before, now = ([pair[i][key][0] * scale for pair in pairs] for i in (0, 1))
+    for i, name in enumerate(("wall, ms a step", "CPU, ms a step")):
+        before, now = ([1e3 * pair[j][i] for pair in pairs] for j in (0, 1))
         ratios = sorted(b / a for a, b in zip(before, now, strict=True))
         cells = f"{statistics.median(before):.1f}", f"{statistics.median(now):.1f}"
-        table.add_row(
-            f"{key}, {unit}", *cells, f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+        table.add_row(name, *cells, f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     console = Console(width=110)
     console.print(table)
-    console.print(f"the same tokens: {all(a['tokens'] == b['tokens'] for a, b in pairs)}")
+    console.print(f"the same tokens: {all(a.tokens == b.tokens for a, b in pairs)}")
 
 
 if __name__ == "__main__":
