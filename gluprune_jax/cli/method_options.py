@@ -121,7 +121,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
             "--drop-least needs the block influence on text; give --calibration-data TEXT or --statistics FILE"
         )
     has_use = method.needs_statistics or needs_statistics
-    remedy = "give a criterion that uses activations (hybrid, activation, wanda, taylor)"
+    remedy = "give a criterion that uses activations (hybrid, activation, wanda, taylor, entropy)"
     if request.statistics and not has_use:
         raise RequestError(f"--statistics has no effect with --criterion {method.criterion}; {remedy}, or leave it out")
     # Sensitivities are another pass over the text: statistics may be without.
