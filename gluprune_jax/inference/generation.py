@@ -444,13 +444,18 @@ def choose(logits: Array, sampling: Sampling, numbers: Array, positions: Array) 
     logits = constrain(logits, "batch", None)  # a vocabulary that is divided would be sorted piece by piece
 
     def draw() -> Array:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        likeliest = ordered[:, :1]
-        probabilities = jax.nn.softmax((ordered - likeliest) / temperature, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1)[:, :-1]  # probability of all that are likelier
-        before = jnp.pad(before, ((0, 0), (1, 0)))  # exactly 0 for the first, which is thus never left out
-        # A logit and not a probability: XLA computes those twice, and not always to the same last bit.
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        likeliest = jnp.max(logits, axis=-1, keepdims=True)
+
+        def nucleus() -> Array:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            probabilities = jax.nn.softmax((ordered - likeliest) / temperature, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1)[:, :-1]  # probability of all that are likelier
+            before = jnp.pad(before, ((0, 0), (1, 0)))  # exactly 0 for the first, which is thus never left out
+            # A logit and not a probability: XLA computes those twice, and not always to the same last bit.
+            return jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+
+        # To sort a vocabulary takes longer than all else here, and where every token may come it leaves out none.
+        least = jax.lax.cond(top_p < 1, nucleus, lambda: jnp.full_like(likeliest, -jnp.inf))
         key = jax.random.key(jnp.asarray(sampling.seed, jnp.uint32))
         keys = jax.vmap(lambda n, p: jax.random.fold_in(jax.random.fold_in(key, n), p))(numbers, positions)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)

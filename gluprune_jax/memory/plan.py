@@ -78,12 +78,14 @@ class Pruning:
       calibration: tokens of calibration text that the model is run on; 0 without.
       window: tokens of one of its windows.
       is_compensated: whether down projections are refitted, by Gram matrices.
+      folds: how many Gram matrices a layer has, where refitting is cross-validated.
     """
 
     stream: bool = False
     calibration: int = 0
     window: int = 512
     is_compensated: bool = False
+    folds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +256,8 @@ def _calibration_workspace(config: ModelConfig, mesh: AbstractMesh, use: Pruning
     - a batch: a layer, and its neurons in float32, of which a device needs all for its part of the Gram matrix, once
       more as they are and once added up;
     - the refitting: the Gram matrix whole, four times, and the down projection in float32, four times.
+
+    Where refitting is cross-validated, the Gram matrices of the folds are there besides.
     """
     replicas, D, width = mesh.shape["data"], config.hidden_size, max(config.stored_intermediate_sizes)
     windows = -(-use.calibration // use.window)
@@ -264,7 +268,8 @@ def _calibration_workspace(config: ModelConfig, mesh: AbstractMesh, use: Pruning
     if not use.is_compensated:
         return stream + batch
     part = _bytes(mesh, ("neurons", None), (width, width), 4)
-    return stream + part + max(part + batch, 4 * 4 * width * width + 4 * 4 * width * D)
+    held = part * (1 if use.folds == 1 else 1 + use.folds)
+    return stream + held + max(part + batch, 4 * 4 * width * width + 4 * 4 * width * D)
 
 
 def _pruning_workspace(config: ModelConfig, mesh: AbstractMesh, layer: int) -> int:

@@ -39,6 +39,7 @@ from gluprune_jax.prune.report import Clock, add_forecast, before_and_after, fin
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning import methods
 from gluprune_jax.pruning.budget import target_within
+from gluprune_jax.pruning.least_squares import FOLDS
 from gluprune_jax.pruning.one_pass import Choice, Ranking, Replay
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import fingerprint
@@ -129,6 +130,7 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
                 date=date,
                 progress=terminal.count_progress,
             )
+    method = method_of(request)
     chooser = methods.Chooser(
         model,
         checkpoint.mlp_weights,
@@ -136,12 +138,12 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
         names=request.calibration,
         date=date if has_chats else None,
         statistics=statistics,
-        refits=request.compensate != "none" and not request.sequential,
+        refits=method.needs_grams,
         progress=terminal.count_progress,
     )
     collected = None
     if plan is None:
-        (pruned,) = chooser.choose(method_of(request), [_target(request, checkpoint)])
+        (pruned,) = chooser.choose(method, [_target(request, checkpoint)])
         # All compute it together, while the dense model is there: slicing takes it apart.
         collected = chooser.statistics() if request.statistics_out and not request.dry_run else None
     else:
@@ -303,6 +305,7 @@ def _pruning(request: PruneRequest) -> Pruning:
         calibration=request.calibration_tokens,
         window=request.sequence_length,
         is_compensated=request.compensate != "none",
+        folds=FOLDS if request.compensate == "cv-least-squares" else 1,
     )
 
 

@@ -50,7 +50,7 @@ from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics
 DAMPING = 1e-3
 _MOST_DAMPING = 1e3
 # Of cross-validation: what is tried, and on how many parts of the windows.
-DAMPINGS = (1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 3
 
 

@@ -235,11 +235,12 @@ def check_statistics(name: str, function: Criterion, statistics: Statistics | No
     if statistics is None:
         raise RequestError(f"criterion {name!r} looks at activations; give `calibration` TEXT or `statistics` FILE")
     statistics.check_fits(config)
-    if "sensitivity" in inputs_of(function) and any(layer.sensitivity is None for layer in statistics.layers):
-        raise RequestError(
-            f"criterion {name!r} looks at the sensitivity of the loss, which these statistics lack; "
-            f"collect them with `criterion` taylor, or give `calibration` TEXT too"
-        )
+    for part, of in (("sensitivity", "loss"), ("entropy_sensitivity", "entropy")):
+        if part in inputs_of(function) and any(getattr(layer, part) is None for layer in statistics.layers):
+            raise RequestError(
+                f"criterion {name!r} looks at the sensitivity of the {of}, which these statistics lack; collect them "
+                f"with `criterion` {'taylor' if of == 'loss' else 'entropy'}, or give `calibration` TEXT too"
+            )
 
 
 def score_neurons(
