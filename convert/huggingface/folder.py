@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import json
 import math
@@ -238,7 +239,9 @@ def write_weights_of(
 
     def pieces(hf: str) -> Sequence[Piece]:
         remaining.pop(hf)
-        return [piece for name in names[hf] for piece in pieces_of(name)]
+        found = [piece for name in names[hf] for piece in pieces_of(name)]
+        # All of a tensor at once: should the disk fail between two pieces, the other processes gather both.
+        return [functools.partial(np.asarray, piece()) for piece in found] if spread else found
 
     def pieces_of(name: TensorName) -> Sequence[Piece]:
         if isinstance(checkpoint, StreamedCheckpoint) and name.neuron_axis is None:
@@ -247,8 +250,7 @@ def write_weights_of(
 
     def gather_the_rest() -> None:
         while spread and remaining:
-            for piece in pieces(next(iter(remaining))):
-                piece()
+            pieces(next(iter(remaining)))
 
     if not is_main():
         gather_the_rest()

@@ -461,9 +461,9 @@ convert.save(plain, folder / "local", formats=["hf"])
 # A disk that fails under the first process while the others gather.
 if index == 0:
     whole = huggingface.write_tensors
-    def failing(file, tensors, values, written, ahead):
+    def failing(file, tensors, pieces, written, ahead):
         assert not ahead
-        values(next(iter(tensors)))
+        pieces(next(iter(tensors)))
         raise OperationError("the disk is full")
     huggingface.write_tensors = failing
 kind, text = refusal(lambda: convert.save(checkpoint, folder / "full", formats=["hf"]))
