@@ -290,6 +290,7 @@ def test_memory_transformers_and_orbax_agree(model: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.real_model
+@pytest.mark.optimised  # four runs of a real model
 def test_the_demo_with_everything_measured(
     demo_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
