@@ -184,7 +184,7 @@ def temporaries(config: ModelConfig, shape: MeshShape, use: Evaluation, dtype: A
     [
         (MID, (1, 1), Evaluation(512, 512), "rows"),
         (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=2), "score"),
-        (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=64), "decode"),
+        (WIDE_VOCABULARY, (1, 1), Evaluation(512, 512, rows=1, slots=96), "decode"),
         (MID, (2, 4), Evaluation(512, 512), "rows"),
     ],
 )
