@@ -48,7 +48,7 @@ MODULES: dict[str, Any] = {
     "evals.report": evals.report.__main__,
 }
 VERBS = {verb: about.module.removesuffix(".__main__") for verb, about in executable.VERBS.items()}
-OTHERS = {"--case", "--compare"}  # options of benchmarks/tpu_check.py
+OTHERS = {"--case", "--compare", "--baseline"}  # options of scripts under benchmarks/
 # In place of the numbers that pages give for real models.
 SMALL = {"--steps": "2", "--sequence-length": "64", "--eval-tokens": "512"}
 SMALL_CALIBRATION = {"--calibration-tokens": "512", "--sequence-length": "64"}
