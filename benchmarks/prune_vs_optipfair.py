@@ -64,7 +64,8 @@ def command(program: str, model: Path, output: Path, baseline: Path | None) -> l
         return [sys.executable, "-c", OPTIPFAIR, str(model), str(output)]
     target = ["--model", str(model), "--prune-percent", str(PERCENT), "--output", str(output), "--json"]
     if program == "baseline":
-        return ["env", "-C", str(baseline), f"PYTHONPATH={baseline}", sys.executable, "-m", "gluprune_jax.prune", *target]
+        there = ["env", "-C", str(baseline), f"PYTHONPATH={baseline}"]
+        return [*there, sys.executable, "-m", "gluprune_jax.prune", *target]
     return [sys.executable, "-m", "gluprune_jax.prune", *target]
 
 

@@ -341,11 +341,11 @@ def test_a_study_that_is_killed_again_and_again_is_that_of_an_unbroken_run(
         duration = time.monotonic() - begun
         rng, found = random.Random(0), []
         for _ in range(8):
-            found.append(run_for(broken, rng.uniform(0.2, 1.0) * duration))
+            found.append(run_for(broken, rng.uniform(0.2, 0.7) * duration))
             assert found[-1] in (0, -signal.SIGKILL), log.read_text()
             if found[-1] == 0:  # it was done: again from the beginning, for more moments to be killed at
                 shutil.rmtree(broken)
-        assert found.count(-signal.SIGKILL) > 3
+        assert found.count(-signal.SIGKILL) > 2
         assert run_for(broken, None) == 0, log.read_text()
         zygote.stdin.close()
     for name in ("study.json", *(f"tables/{path.name}" for path in (whole / "tables").iterdir())):
