@@ -211,7 +211,7 @@ def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluati
       and 5 of its float32 results;
     - a chunk of a prompt: the same for one row, and the keys and values of all layers;
     - 256 scored tokens: 2 arrays of float32 logits;
-    - decoding: 20 arrays of float32 logits, which sampling sorts whole; the keys and values of 16 steps, twice; and
+    - decoding: 16 arrays of float32 logits, which sampling with top-p sorts whole; the keys and values of 16 steps, twice; and
       one block of the cache.
     """
     replicas, D, K, H = mesh.shape["data"], config.hidden_size, config.num_key_value_heads, config.head_dim
@@ -228,7 +228,7 @@ def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluati
     in_scoring = 2 * logits(SCORED_TOKENS[-1], "batch", None, "vocab")
     steps = 2 * _cache_bytes(config, mesh, slots, STEPS_PER_CALL, itemsize)
     block = 2 * _bytes(mesh, CACHE_AXES, (slots, K, KEY_BLOCK, H), itemsize)
-    in_decoding = layer(slots, 1) + steps + block + 20 * logits(use.slots, "batch", None, None)
+    in_decoding = layer(slots, 1) + steps + block + 16 * logits(use.slots, "batch", None, None)
     hidden = (BATCHES_IN_FLIGHT + 1) * _bytes(mesh, ("batch", None, None), (rows, chunk, D), itemsize)
     masks = 4 * sum(config.stored_intermediate_sizes)
     return masks + hidden + max(in_rows, in_chunk, in_scoring, in_decoding)
