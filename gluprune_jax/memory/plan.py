@@ -211,8 +211,8 @@ def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluati
       and 5 of its float32 results;
     - a chunk of a prompt: the same for one row, and the keys and values of all layers;
     - 256 scored tokens: 2 arrays of float32 logits;
-    - decoding: 16 arrays of float32 logits, which sampling with top-p sorts whole; the keys and values of 16 steps, twice; and
-      one block of the cache.
+    - decoding: 16 arrays of float32 logits, which sampling with top-p sorts whole; the keys and values of 16 steps,
+      twice; and one block of the cache.
     """
     replicas, D, K, H = mesh.shape["data"], config.hidden_size, config.num_key_value_heads, config.head_dim
 

@@ -18,6 +18,7 @@ from convert.huggingface.streamed import StreamedCheckpoint
 from convert.store import save_pruned
 from gluprune_jax import make_plan, score
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.pruning.calibration import collect
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
 from gluprune_jax.pruning.one_pass import Ranking, Replay
 
@@ -86,6 +87,20 @@ def test_a_plan_for_other_weights_leaves_nothing(model: Path, tmp_path: Path) ->
     with pytest.raises(RequestError, match="made for other weights"):
         save_pruned(dense, Replay(dense.config, other), tmp_path / "out")
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_statistics_are_of_the_weights_that_are_read(tmp_path: Path) -> None:
+    model, other = (write_folder(tmp_path / str(seed), CONFIG, hf_tensors(CONFIG, seed=seed)) for seed in (0, 1))
+    dense = opened(model)
+    statistics = collect(dense.runnable_model(), np.arange(64, dtype=np.int32).reshape(2, 32))
+    scores = score(dense.model, "wanda", statistics=statistics, weights=dense.mlp_weights())
+    choice = Ranking(dense.config, "wanda", {"width": 50}, statistics=statistics)
+    _, plan = save_pruned(dense, choice, tmp_path / "out")
+    assert plan.to_json() == make_plan(scores, width=50).to_json()
+    choice = Ranking(dense.config, "wanda", {"width": 50}, statistics=statistics)
+    with pytest.raises(RequestError, match=r"other weights|another model"):
+        save_pruned(opened(other), choice, tmp_path / "refused")
+    assert sorted(os.listdir(tmp_path)) == ["0", "1", "out"]
 
 
 def test_matrices_of_several_dtypes_are_scored_first(tmp_path: Path) -> None:
