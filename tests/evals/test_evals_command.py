@@ -264,13 +264,13 @@ def test_a_real_interrupt(model: Path, tasks: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)], env=environment, stdout=-1, stderr=-1, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     answered = 0
     while answered < 5 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
         answered = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("results/*/responses.jsonl"))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert out == ""
     assert "Traceback" not in err

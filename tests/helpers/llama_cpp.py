@@ -71,7 +71,7 @@ def _ask(what: str, path: Path, question: dict[str, Any]) -> Path:
 
 def _run(what: str, path: Path, question: dict[str, Any]) -> str:
     """What llama.cpp logs while it answers."""
-    package = _libllama().find()
+    package = libllama_module().find()
     if package is None:
         pytest.skip("runs llama.cpp: pip install gluprune-jax[llama-cpp]")
     command = [sys.executable, __file__, what, str(package), str(path)]
@@ -82,7 +82,7 @@ def _run(what: str, path: Path, question: dict[str, Any]) -> str:
     return ended.stderr
 
 
-def _libllama() -> Any:
+def libllama_module() -> Any:
     """Our module, without the package around it, which would import JAX."""
     sys.path.insert(0, str(_FOLDER))
     try:
@@ -123,7 +123,7 @@ class Batch(ctypes.Structure):
     )
 
 
-def _open(llama: Any, path: str, *, vocab_only: bool) -> Any:
+def open_model(llama: Any, path: str, *, vocab_only: bool) -> Any:
     llama.llama_model_default_params.restype = ModelParameters
     for name in ("llama_model_load_from_file", "llama_model_get_vocab", "llama_init_from_model", "llama_get_memory"):
         getattr(llama, name).restype = ctypes.c_void_p
@@ -177,14 +177,14 @@ def _tokens_of(llama: Any, model: Any, texts: Sequence[str], special: tuple[bool
 
 
 def _answer(what: str, package: str, path: str, question: dict[str, Any]) -> None:
-    libllama = _libllama()
+    libllama = libllama_module()
     if what == "quantize":
         dry_run, file_type, target = question["dry_run"], question["file_type"], Path(question["target"])
         done = libllama.quantize(Path(package), Path(path), target, file_type, may_requantize=True, dry_run=dry_run)
         assert done, f"llama.cpp does not quantise {path}"
         return
     llama = libllama.load(Path(package))
-    model = _open(llama, path, vocab_only=what == "tokenize")
+    model = open_model(llama, path, vocab_only=what == "tokenize")
     if what == "tokenize":
         found = list(_tokens_of(llama, model, question["texts"], (question["add_special"], question["parse_special"])))
     else:
