@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+import convert
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import llama_cpp
 
@@ -85,10 +87,11 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         if kind != "F32":
             for way in WAYS:
                 (folder / f"{way}.{kind}.gguf").unlink()
-    two, ours = ([llama_cpp.logits(files[way], [rows[0].tolist()])[0] for way in WAYS], convert_perplexity)
-    found["largest_difference"] = float(np.abs(two[0] - two[1]).max())
-    found["ours"] = ours(files["true"], rows)
-    return found
+    true, padded = (llama_cpp.logits(file, [rows[0].tolist()])[0] for file in files.values())
+    return found | {
+        "largest_difference": float(np.abs(true - padded).max()),
+        "ours": our_perplexity(files["true"], rows),
+    }
 
 
 def perplexity(logits: list[np.ndarray], rows: np.ndarray) -> float:
@@ -102,10 +105,8 @@ def perplexity(logits: list[np.ndarray], rows: np.ndarray) -> float:
     return math.exp(np.concatenate(losses).mean())
 
 
-def convert_perplexity(file: Path, rows: np.ndarray) -> float:
+def our_perplexity(file: Path, rows: np.ndarray) -> float:
     """That which our own forward pass gives, in float32."""
-    import convert
-
     model = convert.load(file, dtype="float32").model
     return perplexity([np.asarray(model(row[None]))[0] for row in rows], rows)
 
