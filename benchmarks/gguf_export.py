@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prune_vs_optipfair import ENVIRONMENT
 from stream_8b import bytes_in, copy, forget, write_model
 
 MOST_MEMORY, MOST_TIMES = 1e9, 1.5  # what is promised
@@ -35,7 +36,9 @@ def export(model: Path, output: Path, kind: str, peer: Path | None = None) -> tu
     if peer:
         argv = [str(peer), str(model), "--outfile", str(output), "--outtype", kind.lower()]
     start = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if peer else None)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if peer else None, env=ENVIRONMENT
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -62,6 +65,9 @@ def pairs(work: Path, count: int, kind: str, peer: Path | None, tokenizer: Path 
     copies, processes, writings, memory, nbytes = [], [], [], [], 0
     peers: list[tuple[float, int]] = []
     order = ("copy", "process", "writing", *(["peer"] if peer else []))
+    for program in (None, peer) if peer else (None,):  # once, uncounted: Python compiles the modules of both
+        export(model, exported, kind, program)
+        exported.unlink()
     for i in range(count):
         for what in order[:: -1 if i % 2 else 1]:
             forget(model)

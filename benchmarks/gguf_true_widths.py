@@ -108,7 +108,7 @@ def perplexity(logits: list[np.ndarray], rows: np.ndarray) -> float:
 def our_perplexity(file: Path, rows: np.ndarray) -> float:
     """That which our own forward pass gives, in float32."""
     model = convert.load(file, dtype="float32").model
-    return perplexity([np.asarray(model(row[None]))[0] for row in rows], rows)
+    return perplexity([np.asarray(model.logits(model(row[None])[0]))[0] for row in rows], rows)
 
 
 def ask(file: Path, tokens: list[int]) -> float:

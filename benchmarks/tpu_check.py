@@ -6,8 +6,10 @@
     python benchmarks/tpu_check.py --scaling                               # what a chip does of 1, 8, 64 and 256
 
 Weights are bfloat16. Says of each program how long it takes to compile, what memory it needs on a chip, and what moves
-between chips. Fails if a program does not compile, does not fit into the memory of the chip, or if something moves
-that `EXPECTED` does not list.
+between chips. Fails if a program does not compile, does not fit into the memory of the chip, if something moves that
+`EXPECTED` does not list, or if a program that evaluation spends its time in takes more bytes or operations than it must
+(`Need`): arguments, temporary arrays and results against weights, cache and logits asked for, and the compiler's count
+of operations against those of the matrix products.
 
 Bytes of a collective are those of its results on one chip. What is in a loop (the steps of decoding, the blocks of a
 cache) is counted once, in operations and bytes too: the compiler does not know how often it runs.
@@ -40,8 +42,9 @@ from shapes import HF_CONFIGS, shapes_of
 
 from gluprune_jax.errors import RequestError
 from gluprune_jax.inference.engine import SCORED_TOKENS, rows, score_tokens
-from gluprune_jax.inference.generation import DecodeState, Sampling, admit, decode
+from gluprune_jax.inference.generation import STEPS_PER_CALL, DecodeState, Sampling, admit, decode
 from gluprune_jax.inference.prefill import append, extend
+from gluprune_jax.models.attention import KEY_BLOCK
 from gluprune_jax.models.cache import KVCache, LayerCache
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.parameters import abstract_model
@@ -224,6 +227,22 @@ def mesh_for(case: Case) -> Mesh:
     return make_mesh(case.mesh, case.config.num_key_value_heads, devices)
 
 
+class Need(NamedTuple):
+    """What a program cannot do without, on one chip.
+
+    Attributes:
+      nbytes: of weights, caches, logits asked for, and what goes in and comes out for each token.
+      flops: of matrix products, what is in a loop counted once, as the compiler does.
+      most_bytes: times `nbytes` that arguments, temporary arrays and results may take.
+      most_flops: times `flops` that the compiler may count.
+    """
+
+    nbytes: int
+    flops: int
+    most_bytes: float = 1.10
+    most_flops: float = 1.05
+
+
 class Program(NamedTuple):
     """A jitted function and the shapes it is run on; `tokens` of each replica decide how much may move."""
 
@@ -232,6 +251,7 @@ class Program(NamedTuple):
     expected: str
     tokens: int = 1
     beside: int = 0  # bytes on each chip that live beside its arguments and results
+    need: Need | None = None
 
 
 def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
@@ -270,24 +290,31 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
     step = graphdef, layer
     held = weights_on_a_chip(model[1]) + 2 * CALIBRATION_TOKENS // R * D * jnp.dtype(DTYPE).itemsize
     mask = array(jnp.float32, F)
+    need = needs(case, model[1])
     return {
         **{name: Program(score_layer, (function, gate, gate), "score") for name, function in WEIGHT_CRITERIA.items()},
         "fingerprint": Program(mlp_extents, (gate, gate, down), "fingerprint"),
         "slice gate": Program(slice_neurons, (0, -kept % case.mesh.model, gate, integers(kept)), "slice"),
         "slice down": Program(slice_neurons, (1, -kept % case.mesh.model, down, integers(kept)), "slice"),
         "rows": Program(
-            rows, (*model, cache(R, HEADER), *(batch(R * case.rows, CHUNK),) * 3, masks), "forward", row_tokens
+            rows,
+            (*model, cache(R, HEADER), *(batch(R * case.rows, CHUNK),) * 3, masks),
+            "forward",
+            row_tokens,
+            need=need["rows"],
         ),
-        "extend": Program(extend, (*model, cache(R, HEADER), batch(R, CHUNK), masks), "forward", CHUNK),
+        "extend": Program(
+            extend, (*model, cache(R, HEADER), batch(R, CHUNK), masks), "forward", CHUNK, need=need["extend"]
+        ),
         "extend a long text": Program(extend, (*model, cache(R, LONG), batch(R, CHUNK), masks), "forward", CHUNK),
         "append": Program(append, (cache(R, HEADER), cache(R, CHUNK).layers, integers(R)), "append"),
-        "score tokens": Program(score_tokens, (*model, *asked), "score tokens", ASKED),
+        "score tokens": Program(score_tokens, (*model, *asked), "score tokens", ASKED, need=need["score tokens"]),
         "admit": Program(
             admit,
             (*model, state, cache(R, HEADER), batch(R, D, dtype=DTYPE), *(integers(R),) * 2, integers(), sampling),
             "admit",
         ),
-        "decode": Program(decode, (*model, state, sampling, masks), "decode", SLOTS),
+        "decode": Program(decode, (*model, state, sampling, masks), "decode", SLOTS, need=need["decode"]),
         "Gram matrix": Program(
             observe_layer, (*step, batch(windows, CHUNK), stream, sums), "calibration", BATCH_TOKENS, held
         ),
@@ -312,6 +339,33 @@ def layer_parameters(config: ModelConfig, mesh: Mesh) -> tuple[Any, nnx.State[An
         where = parameter_sharding(mesh, ("layers", 0, *path), shape.shape)
         flat.append((path, variable.replace(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where))))
     return graphdef, nnx.from_flat_state(flat)
+
+
+def needs(case: Case, state: nnx.State[Any, Any]) -> dict[str, Need]:
+    """What the programs of evaluation cannot do without, on one chip; `state` holds the shapes of the weights."""
+    config, itemsize = case.config, jnp.dtype(DTYPE).itemsize
+    D, V, L = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    weights = weights_on_a_chip(state)
+    vocabulary = -(-V // case.mesh.model)
+    embedding = vocabulary * D * itemsize
+    layers = weights - embedding * (1 if config.tie_word_embeddings else 2)
+    slot = 2 * L * -(-config.num_key_value_heads // case.mesh.model) * config.head_dim * itemsize  # of keys and values
+    heads = L * -(-config.num_attention_heads // case.mesh.model) * config.head_dim
+
+    def products(tokens: int, keys: int) -> int:
+        """Operations of the layers, each token with so many keys: a multiplication and an addition for each weight."""
+        return 2 * tokens * (layers // itemsize) + 4 * tokens * keys * heads
+
+    row_tokens, logits = case.rows * CHUNK, 2 * vocabulary * D
+    return {
+        "rows": Need(weights + HEADER * slot + row_tokens * D * itemsize, products(row_tokens, KEY_BLOCK + CHUNK)),
+        "extend": Need(weights + (HEADER + CHUNK) * slot + CHUNK * D * itemsize, products(CHUNK, KEY_BLOCK + CHUNK)),
+        "score tokens": Need(embedding + row_tokens * D * itemsize + 4 * ASKED * vocabulary, ASKED * logits),
+        "decode": Need(
+            weights + SLOTS * (SLOT_SIZE + STEPS_PER_CALL) * slot + 4 * SLOTS * vocabulary,
+            products(SLOTS, KEY_BLOCK + STEPS_PER_CALL) + SLOTS * logits,
+        ),
+    }
 
 
 def weights_on_a_chip(state: nnx.State[Any, Any]) -> int:
@@ -349,6 +403,8 @@ class Result:
       hbm_bytes: of everything: arguments, results that do not take their place, temporary arrays and code.
       flops: operations, of a loop once.
       accessed_bytes: read from and written to memory, in a loop once.
+      times_bytes: of what it cannot do without, that arguments, temporary arrays and results take; 0 if none is known.
+      times_flops: likewise of operations.
       collectives: what moves between chips.
     """
 
@@ -362,6 +418,8 @@ class Result:
     hbm_bytes: int = 0
     flops: float = 0
     accessed_bytes: float = 0
+    times_bytes: float = 0
+    times_flops: float = 0
     collectives: tuple[Collective, ...] = ()
 
     @property
@@ -405,25 +463,36 @@ def compile_case(case: Case) -> Iterator[Result]:
             yield result([f"it does not compile: {str(error).splitlines()[0]}"])
             continue
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        data = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        data += memory.temp_size_in_bytes
+        need = known[name].need
         found = result(
             (),
             argument_bytes=memory.argument_size_in_bytes,
             temporary_bytes=memory.temp_size_in_bytes,
-            hbm_bytes=memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-            + known[name].beside,
+            hbm_bytes=data + memory.generated_code_size_in_bytes + known[name].beside,
+            times_bytes=data / need.nbytes if need else 0,
+            times_flops=cost["flops"] / need.flops if need else 0,
             flops=cost["flops"],
             accessed_bytes=cost["bytes accessed"],
             collectives=tuple(collectives(compiled.as_text())),
         )
         limits = largest(case.config, case.mesh, known[name].tokens)
         problems = unexpected(found.collectives, EXPECTED[known[name].expected], limits)
+        problems += excess(found, need) if need else []
         if found.hbm_share > 1:
             problems.append(f"it needs {found.hbm_bytes / 1e9:.1f} GB, {found.hbm_share:.0%} of what a chip has")
         yield dataclasses.replace(found, problems=tuple(problems))
+
+
+def excess(result: Result, need: Need) -> list[str]:
+    """A sentence for each of bytes and operations of which a program takes more than it may."""
+    found = (("bytes", result.times_bytes, need.most_bytes), ("operations", result.times_flops, need.most_flops))
+    return [
+        f"it takes {times:.2f} times the {what} that it must; at most {most:.2f} are allowed"
+        for what, times, most in found
+        if times > most
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -443,16 +512,18 @@ def size(nbytes: float) -> str:
 
 
 def check_table(case: Case, results: Sequence[Result]) -> Table:
-    """One row a program."""
+    """One row a program; bytes and FLOPs are times what it cannot do without."""
     table = Table(title=str(case), title_justify="left")
-    for column in ("program", "compile s", "arguments", "temporary", "HBM", "of the chip", "collectives"):
+    columns = ("program", "compile s", "arguments", "temporary", "HBM", "of the chip", "bytes", "FLOPs", "collectives")
+    for column in columns:
         justify = "left" if column in ("program", "collectives") else "right"
         table.add_column(column, justify=justify, no_wrap=column != "collectives")  # type: ignore[arg-type]
     for result in results:
-        found = ["", "", "", "", "does not compile"]
+        found = ["", "", "", "", "", "", "does not compile"]
         if result.hbm_bytes:
             sizes = map(size, (result.argument_bytes, result.temporary_bytes, result.hbm_bytes))
-            found = [*sizes, f"{result.hbm_share:.1%}", spelled(result.moved())]
+            times = (f"{times:.2f} x" if times else "" for times in (result.times_bytes, result.times_flops))
+            found = [*sizes, f"{result.hbm_share:.1%}", *times, spelled(result.moved())]
         table.add_row(result.program, f"{result.seconds:.1f}", *found)
     return table
 

@@ -197,9 +197,9 @@ def too_large(name: str, dtype: np.dtype[Any]) -> RequestError:
     return RequestError(f"{name} holds values too large for {dtype}; accepted: a dtype of wider range")
 
 
-def for_file(name: TensorName, array: Array, width: int) -> NDArray[Any]:
+def for_file(name: TensorName, array: Array | NDArray[Any], width: int) -> NDArray[Any]:
     """A tensor of a model as files hold it: head axes merged, storage padding stripped, zero neurons up to `width`."""
-    values = to_host(array)
+    values = array if isinstance(array, np.ndarray) else to_host(array)
     if name.neuron_axis is None:
         return values.reshape(name.shape)
     values = (

@@ -5,9 +5,10 @@ do we.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import gguf
@@ -25,6 +26,7 @@ from convert.families.names import TensorName, grouped, tensor_names
 from convert.gguf.config import write_metadata
 from convert.gguf.file_writer import tensor_bytes, write_file
 from convert.huggingface.safetensors import read_ahead
+from convert.huggingface.streamed import StreamedCheckpoint
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.config import ModelConfig, YarnRope
 from gluprune_jax.models.parameters import parameters_of
@@ -238,27 +240,42 @@ def _data(checkpoint: Checkpoint, plan: GGUFPlan) -> Iterator[NDArray[Any]]:
     """The bytes of all tensors in their order, in parts."""
     names = {name.name: name for name in checkpoint.tensor_names}
 
-    def load(tensor: str) -> list[NDArray[Any]]:
-        if tensor in plan.vectors:
-            return [np.array(plan.vectors[tensor], np.float32)]
-        return [_values(checkpoint, plan, names[part.name], part) for part in plan.parts[tensor]]
+    def reads() -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
+        for tensor in plan.tensors:
+            if tensor in plan.vectors:
+                yield tensor, functools.partial(np.array, plan.vectors[tensor], np.float32)
+            for part in plan.parts.get(tensor, ()):
+                for read in _reads(checkpoint, plan, names[part.name], part):
+                    yield tensor, read
+
+    def load(of: tuple[str, Callable[[], NDArray[Any]]]) -> tuple[str, NDArray[Any]]:
+        tensor, read = of
+        return tensor, read()
 
     def convert(piece: tuple[str, NDArray[Any]]) -> NDArray[Any]:
         tensor, rows = piece
         return _convert(rows, plan.tensors[tensor][0], tensor, _offset(plan.table, tensor))
 
     def pieces() -> Iterator[tuple[str, NDArray[Any]]]:
-        for tensor, parts in zip(plan.tensors, read_ahead(load, plan.tensors), strict=True):
-            for values in parts:
-                step = max(1, _CHUNK // (values.shape[-1] if values.ndim > 1 else 1))
-                for begin in range(0, values.shape[0], step):
-                    yield tensor, values[begin : begin + step]
+        for tensor, values in read_ahead(load, reads()):
+            step = max(1, _CHUNK // (values.shape[-1] if values.ndim > 1 else 1))
+            for begin in range(0, values.shape[0], step):
+                yield tensor, values[begin : begin + step]
 
     return read_ahead(convert, pieces())
 
 
+def _reads(
+    checkpoint: Checkpoint, plan: GGUFPlan, name: TensorName, stored: TensorName
+) -> Sequence[Callable[[], NDArray[Any]]]:
+    """What reads a parameter in the shape and dtype it has in the file, a few rows at a time where that is possible."""
+    is_as_stored = name.neuron_axis is None and name.path[-1] not in plan.table.permuted
+    if is_as_stored and isinstance(checkpoint, StreamedCheckpoint):
+        return checkpoint.pieces(name)
+    return [functools.partial(_values, checkpoint, plan, name, stored)]
+
+
 def _values(checkpoint: Checkpoint, plan: GGUFPlan, name: TensorName, stored: TensorName) -> NDArray[Any]:
-    """A parameter in the shape that it has in the file, in its own dtype."""
     width = 0 if stored.neuron_axis is None else stored.shape[stored.neuron_axis]
     values = for_file(name, checkpoint.array(name), width)
     if name.path[-1] in plan.table.permuted:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from convert.card_header import read_header
 from convert.checkpoint import Checkpoint, MeshChoice, Progress, abstract_weights, for_file
@@ -209,7 +210,7 @@ def write_weights_of(
     progress: Progress | None = None,
     *,
     pad_to: int = 1,
-    array: Callable[[TensorName], jax.Array] | None = None,
+    array: Callable[[TensorName], jax.Array | NDArray[Any]] | None = None,
 ) -> None:
     """Writes the safetensors of `write_huggingface`.
 

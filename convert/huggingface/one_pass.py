@@ -21,7 +21,7 @@ from convert.huggingface.streamed import StreamedCheckpoint
 from gluprune_jax.pruning.one_pass import Choice
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
-from gluprune_jax.pruning.slicing import NEURON_AXES, slice_neurons
+from gluprune_jax.pruning.slicing import NEURON_AXES
 
 
 def can_read_once(checkpoint: StreamedCheckpoint | MixtureCheckpoint) -> bool:
@@ -65,7 +65,7 @@ def write_pruned(
     with _kept_neurons(checkpoint, choice) as kept:
         old = choice.blank.remaining_layers
 
-        def array(name: TensorName) -> jax.Array:
+        def array(name: TensorName) -> jax.Array | NDArray[Any]:
             if name.neuron_axis is None:
                 return shapes.array(name)
             return kept.matrix(old[int(name.path[1])], str(name.path[-1]))
@@ -93,7 +93,7 @@ def write_pruned_mixture(
         def values(tensor: str) -> NDArray[Any]:
             if tensor not in places:
                 return checkpoint.read(tensor)
-            return np.asarray(kept.matrix(*places[tensor]))
+            return kept.matrix(*places[tensor])
 
         checkpoint.pruned(choice.blank).write_weights(folder, progress, values)
         kept.finish()
@@ -119,10 +119,10 @@ class KeptNeurons:
 
     def __init__(self, weights: Iterable[MLPWeights], choice: Choice):
         self._weights, self._choice = enumerate(weights), choice
-        self._held: dict[tuple[int, str], jax.Array] = {}
+        self._held: dict[tuple[int, str], NDArray[Any]] = {}
         self._lock = threading.Lock()  # writers ask on several threads
 
-    def matrix(self, mlp: int, name: str) -> jax.Array:
+    def matrix(self, mlp: int, name: str) -> NDArray[Any]:
         """A matrix of an MLP, by its index, cut to the neurons that are kept; each can be asked for once.
 
         Raises:
@@ -141,7 +141,9 @@ class KeptNeurons:
     def _choose(self, i: int, mlp: MLPWeights) -> None:
         kept = self._choice.keep(mlp)
         for (name, axis), matrix in zip(NEURON_AXES.items(), mlp, strict=True):
-            if len(kept) == matrix.shape[axis]:
-                self._held[i, name] = matrix
+            values = np.asarray(matrix)
+            if len(kept) == values.shape[axis]:
+                self._held[i, name] = values
             elif len(kept):
-                self._held[i, name] = slice_neurons(axis, 0, matrix, kept)
+                # Not by XLA, whose results lie in small pages: they took longer to get than to fill.
+                self._held[i, name] = values.take(kept, axis)
