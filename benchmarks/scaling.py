@@ -43,7 +43,7 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
     from gluprune_jax.models.parameters import abstract_model
     from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parameter_sharding, use_mesh
     from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
-    from gluprune_jax.pruning.scores import mlp_extents, score_layer
+    from gluprune_jax.pruning.scores import matrix_extents, score_layer
     from gluprune_jax.pruning.slicing import slice_model, slice_neurons
 
     D, F, L, N, K, H, V = SHAPES[name]
@@ -66,7 +66,7 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
         padding = -len(kept) % devices
         programs = {
             "score": score_layer.lower(WEIGHT_CRITERIA["ppm"], gate, gate),
-            "fingerprint": mlp_extents.lower(gate, gate, down),
+            "fingerprint": matrix_extents.lower(down, 0),
             "slice gate": slice_neurons.lower(0, padding, gate, kept),
             "slice down": slice_neurons.lower(1, padding, down, kept),
         }

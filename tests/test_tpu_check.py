@@ -176,6 +176,33 @@ def test_cases_name_programs_that_there_are() -> None:
     assert {*tpu_check.PRUNING, *tpu_check.EVALUATION} - ours == {"admit"}
 
 
+@pytest.mark.parametrize("chips", [1, 8])
+def test_what_programs_need_is_that_of_their_shapes(chips: int) -> None:
+    case = CASES["1b-one-chip" if chips == 1 else "1b-divided"]
+    mesh = make_mesh(case.mesh, case.config.num_key_value_heads)
+    need = tpu_check.needs(case, tpu_check.programs(case, mesh)["rows"].args[1])
+    V, D, L, KV = 128256, 2048, 16, 8 * 64
+    matrices = L * (2 * D * D + 2 * D * KV + 3 * D * 8192)
+    weights = 2 * (matrices + V * D) // chips
+    cache = 2 * 2 * L * KV * 8 * (1024 + 16) // chips
+    assert need["decode"].nbytes == pytest.approx(weights + cache + 4 * 8 * V // chips, rel=1e-3)
+    assert need["score tokens"].flops == 2 * tpu_check.ASKED * V * D // chips
+    # Of each product of a token with a matrix two operations a weight; and of the keys and values with heads of 64.
+    per_token = need["extend"].flops / 512
+    assert per_token == pytest.approx((2 * matrices + 4 * 768 * L * 32 * 64) / chips, rel=1e-3)
+
+
+def test_a_program_that_takes_more_than_it_must_is_a_problem() -> None:
+    result = tpu_check.Result(CASES["1b-one-chip"], "decode", (), 1, 1, times_bytes=1.02, times_flops=1.01)
+    need = tpu_check.Need(nbytes=1, flops=1)
+    assert tpu_check.excess(result, need) == []
+    copied = dataclasses.replace(result, times_bytes=1.31)
+    assert tpu_check.excess(copied, need) == ["it takes 1.31 times the bytes that it must; at most 1.10 are allowed"]
+    twice = dataclasses.replace(result, times_flops=2)
+    (problem,) = tpu_check.excess(twice, need)
+    assert "2.00 times the operations" in problem
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

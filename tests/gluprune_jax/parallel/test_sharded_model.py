@@ -35,7 +35,7 @@ from gluprune_jax.parallel.mesh import MeshShape, make_mesh, mesh_of, parse_mesh
 from gluprune_jax.parallel.sharding import RULES, constrain, partition_spec
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
 from gluprune_jax.pruning.plan import make_plan
-from gluprune_jax.pruning.scores import mlp_extents, score, score_layer
+from gluprune_jax.pruning.scores import matrix_extents, score, score_layer
 from gluprune_jax.pruning.slicing import slice_model, slice_neurons
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -400,7 +400,8 @@ def compiled_for(model: Decoder) -> dict[str, Counter[tuple[str, str]]]:
         sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
         programs: dict[str, Callable[[], Any]] = {
             **{name: functools.partial(collectives, score_layer, f, gate, gate) for name, f in WEIGHT_CRITERIA.items()},
-            "extents": lambda: collectives(mlp_extents, gate, gate, down),
+            "extents of gate": lambda: collectives(matrix_extents, gate, 1),
+            "extents of down": lambda: collectives(matrix_extents, down, 0),
             "slice gate": lambda: collectives(slice_neurons, 0, 3, gate, np.arange(41, dtype=np.int32)),
             "slice down": lambda: collectives(slice_neurons, 1, 3, down, np.arange(41, dtype=np.int32)),
             "extend": lambda: collectives(extend, config, params, cache, batch(2, 128), masks),
@@ -420,8 +421,10 @@ def test_scoring_is_local_and_only_scores_are_gathered(compiled_for: Any, criter
     assert compiled_for[criterion] == {("all-gather", "f32[84]"): 1}
 
 
-def test_the_fingerprint_is_local(compiled_for: Any) -> None:
-    assert compiled_for["extents"] == {("all-gather", "f32[3,84]"): 1, ("all-reduce", "pred[] pred[] pred[]"): 1}
+@pytest.mark.parametrize("matrix", ["gate", "down"])
+def test_the_fingerprint_is_local(compiled_for: Any, matrix: str) -> None:
+    found = compiled_for[f"extents of {matrix}"]
+    assert found == {("all-gather", "f32[84]"): 1, ("all-reduce", "pred[]"): 1}
 
 
 @pytest.mark.parametrize("matrix", ["slice gate", "slice down"])
