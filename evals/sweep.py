@@ -211,7 +211,9 @@ def _sweep(request: SweepRequest, command: str) -> None:
     from gluprune_jax.pruning.methods import Chooser
     from gluprune_jax.pruning.plan import check_targets
 
-    wanted, targets, model = _check_request(request)
+    given = request.calibration
+    request, wanted, targets, model = _check_request(request)
+    method_options.note_own_text(given, request.calibration)
     with synchronize_errors():
         if is_main():
             check_output(request.output / RESULTS_FOLDER)
@@ -333,13 +335,14 @@ def _sweep(request: SweepRequest, command: str) -> None:
 # ------------------------------------------------------------------------------------------------- what is asked
 
 
-def _check_request(request: SweepRequest) -> tuple[list[Method], list[dict[str, Any]], str]:
-    """Refuses early what could only fail late; returns methods, sizes and the model."""
+def _check_request(request: SweepRequest) -> tuple[SweepRequest, list[Method], list[dict[str, Any]], str]:
+    """Refuses early what could only fail late; returns the request with its text, methods, sizes and the model."""
     import jax
 
     from evals.study.grid import parse_methods, sizes
+    from gluprune_jax.pruning.methods import calibration_texts
 
-    if request.model is None:
+    if (model := request.model) is None:
         raise RequestError("no model: give --model MODEL or --preset NAME")
     if request.suite is None and request.tasks is None:
         raise RequestError(f"no benchmarks: give --suite NAME ({', '.join(SUITES)}) or --tasks LIST")
@@ -350,6 +353,7 @@ def _check_request(request: SweepRequest) -> tuple[list[Method], list[dict[str, 
     check_at_least(1, batch_size=request.batch_size, multiple_of=request.multiple_of)
     check_at_least(2, context_length=request.context_length)
     wanted = parse_methods(request.methods, request.min_keep)
+    request = dataclasses.replace(request, calibration=calibration_texts(wanted, request.calibration))
     method_options.check_calibration(request, wanted)
     if request.calibration and not any(method.needs_text or method.needs_statistics for method in wanted):
         raise RequestError(
@@ -371,7 +375,7 @@ def _check_request(request: SweepRequest) -> tuple[list[Method], list[dict[str, 
         expansion_ratio=request.expansion_ratio,
         width=request.width,
     )
-    return wanted, targets, request.model
+    return request, wanted, targets, model
 
 
 def _items(limit: str | None, benchmarks: Sequence[str]) -> dict[str, int] | None:

@@ -195,7 +195,11 @@ def _texts(vocab: Any) -> list[str]:
 
 
 def quantisation_warning(
-    dense: Mapping[str, int], pruned: Mapping[str, int], widths: Sequence[int], dense_width: int
+    dense: Mapping[str, int],
+    pruned: Mapping[str, int],
+    widths: Sequence[int],
+    dense_width: int,
+    made: str | None = None,
 ) -> str | None:
     """What to say of widths with which a quantised model is larger than the dense one, or hardly smaller; else None.
 
@@ -204,19 +208,23 @@ def quantisation_warning(
       pruned: those of the pruned model's.
       widths: of its layers, as the files have them.
       dense_width: of the dense model's widest layer; what would be padded to it is not proposed.
+      made: the type of the file that is written, if it is: where it is a quantised one, the others do not matter.
     """
-    unsuited = sorted({width for width in widths if width % BLOCK})
-    change = {name: pruned[name] / dense[name] - 1 for name in dense if name in _QUANTISED}
+    quantised = [name for name in dense if name in _QUANTISED]
+    blocks = {name: BLOCKS[FILE_TYPES[name]][0] for name in ([made] if made in quantised else quantised)}
+    change = {name: pruned[name] / dense[name] - 1 for name in blocks if any(width % blocks[name] for width in widths)}
     bad = {name: by for name, by in change.items() if by > -_HARDLY}
-    if not unsuited or not bad:
+    if not bad:
         return None
     name, by = max(bad.items(), key=lambda item: item[1])
+    block = max(blocks[name] for name in bad)  # suits all of them
+    unsuited = sorted({width for width in widths if width % block})
     how = f"{by:.0%} larger than the dense one" if by > 0 else "hardly smaller than the dense one"
     which = f"width {unsuited[0]} is" if len(unsuited) == 1 else f"{len(unsuited)} widths of layers are"
-    remedy = f"`multiple_of` {BLOCK}"
-    if padded_width(max(widths), BLOCK) < dense_width:
-        remedy = f"`pad_to` {BLOCK}, which loses no neuron, or {remedy}"
+    remedy = f"`multiple_of` {block}"
+    if padded_width(max(widths), block) < dense_width:
+        remedy = f"`pad_to` {block}, which loses no neuron, or {remedy}"
     return (
         f"quantised by llama.cpp the pruned model would be {how} ({name}: {format_bytes(pruned[name])}, dense "
-        f"{format_bytes(dense[name])}), because {which} no multiple of {BLOCK}; give {remedy}"
+        f"{format_bytes(dense[name])}), because {which} no multiple of {block}; give {remedy}"
     )

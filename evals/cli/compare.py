@@ -60,7 +60,10 @@ def compare(request: CompareRequest) -> None:
         expansion_ratio=request.expansion_ratio,
         width=request.width,
     )
+    given = request.calibration
+    request = dataclasses.replace(request, calibration=methods.calibration_texts(wanted, given))
     _check_request(request, wanted, targets)
+    method_options.note_own_text(given, request.calibration)
     with synchronize_errors():
         if is_main() and request.output is not None:
             _check_output(request.output, request.overwrite)

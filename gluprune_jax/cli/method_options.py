@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gluprune_jax.cli import options
+from gluprune_jax.cli import options, terminal
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
 from gluprune_jax.pruning.statistics import SENSITIVITIES
@@ -86,6 +86,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def spelled_method(request: MethodRequest) -> "Method":
+    """The method that a request spells, whatever it lacks."""
+    from gluprune_jax.pruning.methods import Method  # here: `add_arguments` needs no JAX
+
+    return Method(
+        request.criterion,
+        request.allocation,
+        request.min_keep,
+        request.compensate != "none",
+        request.sequential,
+        request.seed,
+        request.compensate == "cv-least-squares",
+    )
+
+
+def note_own_text(given: Sequence[str], texts: Sequence[str], *, is_dry_run: bool = False) -> None:
+    """Says that the model writes its calibration text, where `texts` (`calibration_texts`) are not what was given."""
+    if tuple(given) == tuple(texts):
+        return
+    if is_dry_run:
+        terminal.note("no --calibration-data: the model would write its own text (self); sizes do not depend on it")
+    else:
+        terminal.note(
+            "no --calibration-data: the model writes its own text (self), once for these weights; text of the kind it "
+            "is for may serve better"
+        )
+
+
 def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Method":
     """The method that a request asks for.
 
@@ -97,19 +125,10 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
       RequestError: options that do not go together.
     """
     from gluprune_jax.pruning.criteria import find_criterion, inputs_of  # here: `add_arguments` needs no JAX
-    from gluprune_jax.pruning.methods import Method
 
     find_criterion(request.criterion)
-    method = Method(
-        request.criterion,
-        request.allocation,
-        request.min_keep,
-        request.compensate != "none",
-        request.sequential,
-        request.seed,
-        request.compensate == "cv-least-squares",
-    )
-    check_calibration(request, [method], request.statistics, alternative=" or --statistics FILE")
+    method = spelled_method(request)
+    check_calibration(request, [method], request.statistics)
     if request.statistics_out and request.statistics:
         raise RequestError(
             "--statistics-out saves what is collected, and --statistics gives what was; give one of them"
@@ -139,8 +158,6 @@ def check_calibration(
     request: CalibrationRequest,
     methods: Sequence["Method"],
     statistics: Path | None = None,
-    *,
-    alternative: str = "",
 ) -> None:
     """Refuses methods that lack the text or the statistics that they need.
 
@@ -148,7 +165,6 @@ def check_calibration(
       request: what is asked for.
       methods: those that are wanted.
       statistics: a file in place of the text, if there is one.
-      alternative: how an error names what could be given in place of the text.
 
     Raises:
       RequestError: as said.
@@ -178,5 +194,6 @@ def check_calibration(
             raise RequestError(f"{what} runs the model on calibration text; give --calibration-data TEXT")
         if method.needs_statistics and not (request.calibration or statistics):
             raise RequestError(
-                f"criterion {method.criterion} needs activations on text; give --calibration-data TEXT{alternative}"
+                f"criterion {method.criterion} needs activations on text; give --calibration-data TEXT or --statistics "
+                f"FILE"
             )

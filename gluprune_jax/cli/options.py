@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE, SELF_HELP
+from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE, SELF, SELF_HELP
 from gluprune_jax.files.object_store import folder_at
 from gluprune_jax.pruning.choices import CRITERION_NAMES, MIN_KEEP
 from gluprune_jax.pruning.targets import RUNTIMES
@@ -181,7 +181,7 @@ TABLE = (
     # text
     Option(
         "--calibration-data",
-        f"calibration text: {DATA_HELP}; {SELF_HELP}",
+        f"calibration text: {DATA_HELP}; {SELF_HELP} (default: '{SELF}', where what is asked for needs text)",
         dest="calibration",
         nargs="+",
         default=(),

@@ -18,7 +18,7 @@ from gluprune_jax.pruning.targets import TARGETS
 DESCRIPTION = """\
 Removes the least important neurons of the gated MLP layers of a language model (arXiv 2512.22671), whole decoder
 layers, or both, and writes a smaller checkpoint that stock transformers loads. Where the model need not run
-(--evaluate, --sample, --calibration-data) and one device does the work, the weights of a Hugging Face folder or hub id
+(--evaluate, --sample, calibration text) and one device does the work, the weights of a Hugging Face folder or hub id
 go from file to file, a few tensors at a time, whatever the model's size. Mixtures of experts (Qwen3-MoE, OLMoE,
 Mixtral) are pruned in this way alone, each expert by itself, all to one width.
 

@@ -1,5 +1,6 @@
 """What the command refuses before any work, and what an option means beside others."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,35 @@ from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import is_data_driven
 from gluprune_jax.pruning.statistics import Statistics
 from gluprune_jax.pruning.targets import WIDTHLESS, width_for_expansion_ratio, width_for_percent, width_rounding
+
+
+def with_calibration(request: PruneRequest) -> PruneRequest:
+    """The request with the calibration text that it means: the model's own, where it needs text and names none.
+
+    A model that stays in its files writes none, and what a plan was refitted to may have been another text.
+    """
+    if request.stream or request.plan:
+        return request
+    texts = methods.calibration_texts(
+        [method_options.spelled_method(request)],
+        request.calibration,
+        has_statistics=request.statistics is not None,
+        needs_text=request.drop_least is not None,
+    )
+    return dataclasses.replace(request, calibration=texts)
+
+
+def check_preview(request: PruneRequest) -> None:
+    """Refuses a dry run of what only text decides, where the model would have to write it.
+
+    Raises:
+      RequestError: as said.
+    """
+    if request.allocation != "uniform" or request.drop_least is not None:
+        what = "--drop-least" if request.drop_least is not None else f"--allocation {request.allocation}"
+        raise RequestError(
+            f"what {what} gives depends on text, and a dry run writes none; give --calibration-data TEXT"
+        )
 
 
 def check_request(request: PruneRequest) -> list[str]:

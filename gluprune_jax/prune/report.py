@@ -78,7 +78,7 @@ def add_forecast(
         if file_type:
             report[when]["file_bytes"]["gguf"] = tensor_bytes(found, family, file_type)
     before, after = (report[when]["gguf_bytes"] for when in ("before", "after"))
-    if warning := quantisation_warning(before, after, widths["after"], max(widths["before"])):
+    if warning := quantisation_warning(before, after, widths["after"], max(widths["before"]), file_type):
         report["warning"] = spelled(warning, parser().flags)
         if not request.json:
             terminal.note(warning)

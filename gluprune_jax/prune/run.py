@@ -1,5 +1,6 @@
 """The command's work, from the model to the files."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from convert.huggingface.streamed import StreamedCheckpoint
 from convert.model_card import model_card
 from convert.sources import is_mixture_folder, loaded_whole
 from convert.store import save_pruned
-from convert.tokenizer import load_tokenizer, tokens_beyond
-from gluprune_jax.cli import terminal
+from convert.tokenizer import has_tokenizer, load_tokenizer, tokens_beyond
+from gluprune_jax.cli import method_options, terminal
 from gluprune_jax.cli.report import FORMAT_NAMES, changes, show_plan
 from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
 from gluprune_jax.errors import RequestError
@@ -27,11 +28,13 @@ from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_e
 from gluprune_jax.prune.checks import (
     check_mixture_request,
     check_outputs,
+    check_preview,
     check_request,
     formats_of,
     gguf_options_of,
     method_of,
     no_random_baseline,
+    with_calibration,
 )
 from gluprune_jax.prune.measure import Measurements
 from gluprune_jax.prune.mixture import prune_mixture
@@ -41,7 +44,7 @@ from gluprune_jax.pruning import methods
 from gluprune_jax.pruning.budget import target_within
 from gluprune_jax.pruning.least_squares import FOLDS
 from gluprune_jax.pruning.one_pass import Choice, Ranking, Replay
-from gluprune_jax.pruning.plan import PruningPlan
+from gluprune_jax.pruning.plan import PruningPlan, blank_plan
 from gluprune_jax.pruning.scores import fingerprint
 from gluprune_jax.pruning.statistics import Statistics
 from gluprune_jax.pruning.targets import parse_layers, width_rounding
@@ -57,7 +60,8 @@ def run(request: PruneRequest, command: str) -> None:
     """
     if is_mixture_folder(request.model):  # before what an option lacks is said: no mixture can have it
         check_mixture_request(request)
-    formats = check_request(request)
+    completed = with_calibration(request)
+    formats = check_request(completed)
     with synchronize_errors():
         if is_main():
             check_outputs(request)
@@ -66,10 +70,14 @@ def run(request: PruneRequest, command: str) -> None:
         check_mixture_request(request)
         prune_mixture(request, mixture, command)
     else:
-        _prune_dense(request, formats, command)
+        method_options.note_own_text(request.calibration, completed.calibration, is_dry_run=request.dry_run)
+        _prune_dense(completed, formats, command, is_own_text=completed.calibration != request.calibration)
 
 
-def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) -> None:
+def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *, is_own_text: bool) -> None:
+    previews = request.dry_run and is_own_text  # what is asked for, without the text that the model would write
+    if previews:
+        check_preview(request)
     with synchronize_errors():
         texts = [(name, evaluation_text(name, terminal.note)) for name in request.eval_data]
         documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
@@ -88,7 +96,7 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
             request.model,
             dtype=request.dtype,
             revision=request.revision,
-            stream=(request.dry_run and not request.calibration) or _streams(request),
+            stream=(request.dry_run and (previews or not request.calibration)) or _streams(request),
             mesh=mesh_chooser(MeshRequest() if request.dry_run else request.devices, [_use_in_memory(request)]),
             progress=progress,
         )
@@ -112,6 +120,11 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
 
     has_chats = any(document.kind == "chat" for document in documents)
     with synchronize_errors():
+        if is_own_text and not has_tokenizer(checkpoint.assets):
+            raise RequestError(
+                f"{request.model} has no tokenizer files, without which it neither writes calibration text nor takes "
+                f"--calibration-data; put them beside the weights, or give a criterion of weights alone"
+            )
         tokenizer = load_tokenizer(checkpoint, request.chat_template) if request.is_measured or documents else None
         if tokenizer is not None and (beyond := tokens_beyond(tokenizer, dense.vocab_size)):
             terminal.note(beyond)
@@ -120,7 +133,7 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
     date = fix_date(tokenizer if applies else None, request.date, recorded, terminal.note)
     with synchronize_errors():
         windows = None
-        if documents:
+        if documents and not previews:
             windows = calibration_windows(
                 checkpoint,
                 documents,
@@ -142,7 +155,10 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str) ->
         progress=terminal.count_progress,
     )
     collected = None
-    if plan is None:
+    if previews:
+        blank = blank_plan(dense, **_target(request, checkpoint))
+        pruned = methods.Pruned(dataclasses.replace(blank, criterion=request.criterion))
+    elif plan is None:
         (pruned,) = chooser.choose(method, [_target(request, checkpoint)])
         # All compute it together, while the dense model is there: slicing takes it apart.
         collected = chooser.statistics() if request.statistics_out and not request.dry_run else None

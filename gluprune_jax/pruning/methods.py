@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from gluprune_jax.data.documents import SELF
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.distributed import min_over_processes
@@ -138,6 +139,23 @@ class Pruned:
 def as_pruned(pruned: Pruned | PruningPlan) -> Pruned:
     """A plan alone is a choice of neurons that leaves the down projections as they are."""
     return Pruned(pruned) if isinstance(pruned, PruningPlan) else pruned
+
+
+def calibration_texts(
+    methods: Iterable[Method], given: Sequence[str], *, has_statistics: bool = False, needs_text: bool = False
+) -> tuple[str, ...]:
+    """The names of the calibration text: what is given, or the model's own where text is needed and there is none.
+
+    Beside statistics nothing is added: what they lack must come from the text that they are of.
+
+    Args:
+      methods: those that are wanted.
+      given: names of texts.
+      has_statistics: whether statistics are given.
+      needs_text: whether something else than the methods needs text.
+    """
+    has_use = needs_text or any(method.needs_text or method.needs_statistics for method in methods)
+    return (SELF,) if has_use and not (given or has_statistics) else tuple(given)
 
 
 class Chooser:

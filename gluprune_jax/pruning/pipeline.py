@@ -22,7 +22,7 @@ from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, check_budget_allowed, target_within
 from gluprune_jax.pruning.choices import MIN_KEEP
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
-from gluprune_jax.pruning.methods import Chooser, Method, Pruned
+from gluprune_jax.pruning.methods import Chooser, Method, Pruned, calibration_texts
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
 from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics
@@ -116,7 +116,8 @@ def prune_model(
       drop_layers: indices of the layers to remove whole.
       min_keep: the least share of its neurons that a layer keeps, where layers differ in width.
       calibration: texts, each a file, a folder, a hub data set (`hub:OWNER/NAME`) or `self`, which the model writes
-        itself; with weights (`["self:0.5", "corpus.txt:0.5"]`) or without. See `data.documents`.
+        itself; with weights (`["self:0.5", "corpus.txt:0.5"]`) or without. See `data.documents`. Where the method needs
+        text, and there are no `statistics`, `self` is the default.
       calibration_tokens: how many tokens of them are used.
       sequence_length: tokens of a calibration window.
       statistics: of this model on these texts, collected before: a file, or what it holds.
@@ -148,7 +149,9 @@ def prune_model(
             layers=layers,
             drop_layers=drop_layers,
         )
-    names = [str(name) for name in calibration or ()]
+    names = calibration_texts(
+        [method], [str(name) for name in calibration or ()], has_statistics=statistics is not None
+    )
     if isinstance(statistics, str | PathLike):
         statistics = Statistics.load(str(statistics))
     _check_request(method, bool(names), statistics is not None, bool(drop_layers), calibration_tokens, sequence_length)
@@ -211,10 +214,8 @@ def _check_request(
         )
     if method.needs_text and not has_text:
         raise RequestError(
-            f"`method` {method} runs the model on calibration text; give `calibration`; 'self' is text of its own"
+            f"`method` {method} runs the model on calibration text; give as `calibration` what `statistics` are of"
         )
-    if method.needs_statistics and not (has_text or has_statistics):
-        raise RequestError(f"`method` {method} looks at activations; give `calibration` or `statistics`")
     if has_statistics and not method.needs_statistics:
         raise RequestError(f"`statistics` have no effect with `method` {method}; leave them out")
     # Sensitivities are another pass over the text: statistics may be without.

@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from byte_tokenizer import VOCABULARY, write_tokenizer
@@ -18,10 +19,14 @@ from convert.tokenizer import encode_text, load_tokenizer
 from gluprune_jax import prune_model
 from gluprune_jax.data.documents import read_calibration, read_documents
 from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.prune import main
 from gluprune_jax.pruning.calibration import collect
 
 CONFIG = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, max_position_embeddings=128)
 W = 64
+NOTE = "note: no --calibration-data: the model writes its own text (self)"
+
+run, report = functools.partial(commands.run, main), functools.partial(commands.report, main)
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +165,78 @@ def test_the_record_says_how_it_was_written(checkpoint: convert.Checkpoint) -> N
     assert texts["texts"] == ["self@3"]
     found = collect(checkpoint.model, windows(checkpoint, "self@3", tokens=4 * W), names=["self@3"])
     assert found.texts == texts
+
+
+# ------------------------------------------------------------------------------------------------------- the default
+
+
+@pytest.fixture
+def argv(checkpoint: convert.Checkpoint) -> list[object]:
+    return ["--model", checkpoint.source, "--mesh", "model=1", "--calibration-tokens", 6 * W, "--sequence-length", W]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--width", 40, "--criterion", "hybrid"),
+        ("--width", 40, "--compensate", "least-squares"),
+        ("--width", 40, "--allocation", "measured"),
+        ("--drop-least", 1),
+    ],
+)
+def test_it_is_the_default_where_text_is_needed(
+    argv: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...]
+) -> None:
+    status, _, err = run(capsys, *argv, *options, "--output", tmp_path / "default")
+    assert (status, err.count(NOTE)) == (0, 1), err
+    status, _, err = run(capsys, *argv, *options, "--output", tmp_path / "said", "--calibration-data", "self")
+    assert (status, err.count(NOTE)) == (0, 0), err
+    plans = [(tmp_path / name / "gluprune_plan.json").read_text() for name in ("default", "said")]
+    assert plans[0] == plans[1]
+    assert json.loads(plans[0])["calibration"]["own_text"] == {"seed": 0, "temperature": 1.0}
+
+
+def test_where_no_text_is_needed_none_is_written(
+    argv: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "statistics.npz"
+    hybrid = [*argv, "--width", 40, "--criterion", "hybrid"]
+    report(capsys, *hybrid, "--statistics-out", saved, "--output", tmp_path / "out")
+    monkeypatch.setattr("convert.own_text.own_windows", lambda *_, **__: pytest.fail("it is written"))
+    for options in (["--criterion", "hybrid", "--statistics", saved], ["--criterion", "l2"]):
+        status, _, err = run(capsys, *argv, "--width", 40, *options, "--dry-run")
+        assert (status, "own text" in err) == (0, False), err
+
+
+def test_a_dry_run_has_the_sizes_without_the_text(
+    argv: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--prune-percent", 40, "--criterion", "hybrid", "--compensate", "least-squares")
+    expected = report(capsys, *argv, *options, "--output", tmp_path / "out")
+    monkeypatch.setattr("convert.own_text.own_windows", lambda *_, **__: pytest.fail("it is written"))
+    status, out, err = run(capsys, *argv, *options, "--dry-run", "--json")
+    assert status == 0, err
+    assert "note: no --calibration-data: the model would write its own text (self)" in err
+    found = json.loads(out)
+    assert (found["after"], found["plan"]["criterion"]) == (expected["after"], "hybrid")
+    for more in (("--allocation", "global"), ("--drop-least", 1)):
+        status, out, err = run(capsys, *argv, *options[:4], *more, "--dry-run")
+        assert (status, out) == (2, "")
+        assert f"what {' '.join(map(str, more[:1]))}" in err
+        assert "a dry run writes none; give --calibration-data TEXT" in err
+
+
+def test_a_model_without_a_tokenizer_writes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "model", CONFIG, hf_tensors(CONFIG))
+    status, out, err = run(
+        capsys, "--model", folder, "--width", 40, "--criterion", "hybrid", "--output", tmp_path / "o"
+    )
+    assert (status, out) == (2, "")
+    assert "has no tokenizer files, without which it neither writes calibration text nor takes --calibration" in err
+
+
+def test_it_is_the_default_of_the_library(checkpoint: convert.Checkpoint) -> None:
+    prune = functools.partial(prune_model, checkpoint, width=40, calibration_tokens=4 * W, sequence_length=W)
+    for method in ("hybrid", "ppm+least-squares"):
+        assert json.dumps(prune(method).history) == json.dumps(prune(method, calibration=["self"]).history)
+    assert "calibration" not in prune("ppm").history[-1]

@@ -221,6 +221,21 @@ def test_no_pruning_is_the_dense_model(argv: list[object], capsys: Capture) -> N
     assert dense["method"] == "dense"
 
 
+def test_the_text_is_the_models_own_where_none_is_given(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GLUPRUNE_CACHE", str(tmp_path / "cache"))
+    text = ("--eval-data", folder / "held-out.txt", "--calibration-tokens", 256, "--sequence-length", 64)
+    argv = ["--model", folder / "model", "--mesh", "data=1", *text, "--prune-percent", 20]
+    explicit = report(capsys, *argv, "--methods", "hybrid+ls", "--calibration-data", "self")
+    status, out, err = run(capsys, *argv, "--methods", "hybrid+ls", "--json")
+    assert (status, json.loads(out)) == (0, explicit)
+    assert "note: no --calibration-data: the model writes its own text (self)" in err
+    assert explicit["calibration"]["texts"] == ["self"]
+    status, out, err = run(capsys, *argv, "--methods", "l2", "--json")
+    assert (status, json.loads(out)["calibration"], "its own text" in err) == (0, None, False)
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -230,8 +245,6 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         ([*plain, "--methods", "best"], "unknown criterion 'best'"),
         ([*plain, "--methods", "ppm+more"], "method 'ppm+more' has 'more'"),
         ([*plain, "--methods", "ppm,ppm"], "--methods has ppm twice"),
-        ([*plain, "--methods", "hybrid"], "criterion hybrid needs activations on text; give --calibration-data TEXT"),
-        ([*plain, "--methods", "ppm+ls"], "refitting by least squares runs the model on calibration text"),
         ([*plain, "--methods", "ppm", "--seeds", 0], "--seeds is 0; it must be at least 1"),
         ([*plain, "--methods", "ppm", "--limit", 5], "--limit and --benchmark-data are of benchmarks"),
         ([*plain[:-2], "--methods", "ppm"], "nothing to measure: give --evaluate, --eval-data TEXT or --tasks LIST"),

@@ -135,6 +135,21 @@ def test_more_levels_and_methods_join_a_study(
     assert "is of another sweep: its calibration differs" in err
 
 
+def test_the_text_is_the_models_own_where_none_is_given(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLUPRUNE_CACHE", str(tmp_path / "cache"))
+    options = ("--methods", "wanda", "--prune-percent", 20, "--limit", 2)
+    argv = arguments(model, tasks, tmp_path / "study", *options, "--calibration-tokens", 512, "--sequence-length", 128)
+    status, _, err = run(capsys, *argv, "--json")
+    assert status == 0, err
+    assert "note: no --calibration-data: the model writes its own text (self)" in err
+    first = (tmp_path / "study" / "sweep.json").read_text()
+    assert json.loads(first)["calibration"]["own_text"] == {"seed": 0, "temperature": 1.0}
+    report(capsys, *argv, "--calibration-data", "self")  # the same study: nothing is left to do
+    assert (tmp_path / "study" / "sweep.json").read_text() == first
+
+
 def stored_items(study: Path) -> dict[tuple[str, str, str, int], Any]:
     """The outcomes of a study by method, benchmark, task and position."""
     return {
@@ -275,7 +290,7 @@ def test_refusals(model: Path, tasks: Path, tmp_path: Path, capsys: pytest.Captu
         ([*base, "--until-decided", "nan"], "--until-decided is nan"),
         ([*base, "--until-decided", "some"], "--until-decided"),
         ([*base, "--methods", "ppm,ppm"], "--methods has ppm twice"),
-        ([*base, "--methods", "hybrid"], "needs activations on text; give --calibration-data TEXT"),
+        ([*base, "--methods", "hybrid", "--calibration-tokens", 99], "--calibration-tokens is 99, less than the 512"),
         ([*base, "--calibration-data", "python-reference"], "--calibration-data has no effect with --methods ppm"),
         ([*base[:3], "piqaa", *base[4:]], "did you mean piqa"),
         ([*base, "--include-path", tmp_path / "none"], "is no folder"),

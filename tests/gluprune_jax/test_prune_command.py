@@ -176,6 +176,8 @@ def test_forecasts_and_the_warning_are_of_the_widths_in_the_file(
     assert "larger than the dense one (Q4_K_M: " in bad["warning"]
     assert bad["warning"].endswith("give --multiple-of 256")  # padding would make it as wide as the dense one
     assert "warning" not in report(capsys, *argv, "--pad-to", "256")
+    q8 = report(capsys, *argv, "--format", "gguf", "--gguf-type", "Q8_0")
+    assert q8["warning"].endswith("give --pad-to 32, which loses no neuron, or --multiple-of 32")
     status, printed, said = run(capsys, *argv)
     assert status == 0
     assert "GGUF Q4_K_M, forecast" in printed

@@ -190,9 +190,9 @@ def test_a_tokenizer_of_another_kind_counts_as_it_is(content: bytes) -> None:
     assert found - metadata_bytes(smollm2(64), LLAMA, {}) == len(content)
 
 
-def warning(width: int) -> str | None:
+def warning(width: int, made: str | None = None) -> str | None:
     dense, pruned = (forecast(llama_1b(size), LLAMA, 0) for size in (8192, width))
-    return quantisation_warning(dense, pruned, (width,) * 16, 8192)
+    return quantisation_warning(dense, pruned, (width,) * 16, 8192, made)
 
 
 def test_a_width_that_makes_the_quantised_model_larger_is_warned_of() -> None:
@@ -201,6 +201,13 @@ def test_a_width_that_makes_the_quantised_model_larger_is_warned_of() -> None:
     for part in ("33% larger than the dense one (Q4_K_M: 1.07 GB, dense 799.", "7373", "`pad_to` 256", "`multiple_of`"):
         assert part in text
     assert "hardly smaller" in (warning(7360) or "")
+
+
+@pytest.mark.parametrize(("made", "block"), [("Q8_0", 32), ("Q4_K_M", 256), ("F16", 256), (None, 256)])
+def test_the_multiple_is_that_of_the_type_that_is_made(made: str | None, block: int) -> None:
+    remedy = f"`pad_to` {block}, which loses no neuron, or `multiple_of` {block}"
+    assert (warning(7373, made) or "").endswith(f"because width 7373 is no multiple of {block}; give {remedy}")
+    assert (warning(7360, made) is None) == (block == 32)  # 7360 is a multiple of 32, and Q4_K_M hardly smaller
 
 
 def test_padding_to_the_dense_width_is_not_proposed() -> None:

@@ -350,11 +350,18 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
     cases: list[tuple[list[object], str]] = [
         ([*weights, "--criterion", "best"], "unknown criterion 'best'; known are ppm, vow, pon, l2, random, hybrid"),
         (
-            [*weights, "--criterion", "hybrid"],
+            [*weights, "--criterion", "hybrid", "--stream"],
             "criterion hybrid needs activations on text; give --calibration-data TEXT or",
         ),
-        ([*weights, "--compensate", "least-squares"], "refitting by least squares runs the model on calibration text"),
-        ([*weights, "--allocation", "measured"], " runs the model on calibration text"),
+        (
+            [*weights[:4], "--plan", "p.json", "--compensate", "least-squares"],
+            "refitting by least squares runs the model on calibration text; give --calibration-data TEXT",
+        ),
+        (
+            [*weights, "--criterion", "hybrid", "--statistics", "x.npz", "--compensate", "least-squares"],
+            "refitting by least squares runs the model on calibration text; give --calibration-data TEXT",
+        ),
+        ([*weights, "--allocation", "measured", "--stream"], " runs the model on calibration text"),
         ([*text, "--sequential"], "layer by layer, ppm chooses the same neurons as at once; add least squares"),
         ([*text, "--criterion", "taylor", "--sequential"], "layer by layer, taylor chooses the same neurons"),
         ([*weights, "--min-keep", "0.5"], "--min-keep 0.5 has no effect without an allocation"),
@@ -371,7 +378,7 @@ def test_refusals(folder: Path, argv: list[object], tmp_path: Path, capsys: Capt
         ([*weights, "--criterion", "wanda", "--statistics", data / "none.npz"], "cannot read the statistics"),
         (text, "--calibration-data has no effect with --criterion ppm"),
         (
-            [*weights, "--drop-least", "1"],
+            [*weights, "--drop-least", "1", "--stream"],
             "--drop-least needs the block influence on text; give --calibration-data TEXT or",
         ),
         (

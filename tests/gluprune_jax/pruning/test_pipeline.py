@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from byte_tokenizer import VOCABULARY, write_tokenizer
-from calibration_text import TEXT
+from calibration_text import TEXT, windows_of
 from llama_tensors import model_arrays
 from tiny_models import hf_config, hf_tensors, write_folder
 
@@ -20,7 +20,7 @@ from gluprune_jax import RequestError, make_plan, prune_model, score
 from gluprune_jax.data.documents import Document
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh, mesh_of
 from gluprune_jax.prune import main
-from gluprune_jax.pruning.calibration import gram_matrices
+from gluprune_jax.pruning.calibration import collect, gram_matrices
 from gluprune_jax.pruning.least_squares import compensate
 from gluprune_jax.pruning.methods import Method, Pruned
 from gluprune_jax.pruning.plan import PruningPlan
@@ -170,8 +170,7 @@ def test_a_model_on_a_mesh_is_pruned_there(folder: Path, tmp_path: Path) -> None
         ("ppm", {"width": 40, "prune_percent": 10}, "give exactly one of"),
         ("bogus", {"width": 40}, "unknown criterion 'bogus'"),
         ("ppm+bogus", {"width": 40}, "method 'ppm+bogus' has 'bogus'"),
-        ("hybrid", {"width": 40}, "`method` hybrid looks at activations; give `calibration` or `statistics`"),
-        ("ppm+least-squares", {"width": 40}, "runs the model on calibration text; give `calibration`; 'self'"),
+        ("hybrid+least-squares", {"width": 40, "statistics": True}, "give as `calibration` what `statistics` are of"),
         ("ppm", {"width": 40, "text": True}, "`calibration` has no effect with `method` ppm"),
         ("ppm", {"width": 40, "statistics": "none.npz"}, "cannot read the statistics none.npz"),
         ("ppm", {"width": 40, "min_keep": 0.5}, "`min_keep` is 0.5 and has no effect"),
@@ -189,6 +188,9 @@ def test_a_request_that_cannot_be_met_is_refused_by_its_parameter(
     arguments = dict(request_)
     if arguments.pop("text", False):
         arguments = calibration(folder) | arguments
+    if arguments.get("statistics") is True:
+        checkpoint, windows = windows_of(folder)
+        arguments["statistics"] = collect(checkpoint.model, windows)
     with pytest.raises(RequestError) as refused:
         prune_model(convert.load(folder / "model"), method, **arguments)
     assert sentence in str(refused.value)
