@@ -43,15 +43,15 @@ def parse_target_bytes(text: str) -> int:
 
 
 def check_budget_allowed(allocation: str, is_of_bytes: bool) -> None:
-    """Refuses a file size where it does not follow from how many neurons are kept.
+    """Refuses a file size where it does not follow from how many neurons are kept in all.
 
     Raises:
       RequestError: as said.
     """
     if is_of_bytes and allocation != "uniform":
         raise RequestError(
-            f"`target_bytes` does not go with allocation {allocation}: files are as wide as the widest layer, which no "
-            f"share of neurons says; give `target_parameters`"
+            f"`target_bytes` does not go with allocation {allocation}: how wide each layer becomes, and so how large "
+            f"the files, is known only when neurons are scored; give `target_parameters`"
         )
 
 
