@@ -36,7 +36,7 @@ from evals.study.folder import (
     load_baselines,
     save_baselines,
 )
-from evals.study.rows import ResumableRows, recorded_dates
+from evals.study.rows import ResumableRows, check_rows, recorded_dates
 from evals.study.study import DENSE, MARGIN, Score, StoppingRule, StudiedBenchmark, Study, Variant
 from gluprune_jax.cli import method_options, options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
@@ -218,6 +218,8 @@ def _sweep(request: SweepRequest, command: str) -> None:
         if is_main():
             check_output(request.output / RESULTS_FOLDER)
             check_file(request.output / SWEEP_FILE, overwrite=True)
+            if request.resume:
+                check_rows(request.output / SWEEP_FILE)
         benchmarks, manager = choose_benchmarks(request.suite, request.tasks, request.include_path)
         items = _items(request.limit, [benchmark.name for benchmark in benchmarks])
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:

@@ -27,7 +27,7 @@ from evals.compare import FORMAT, PLOT_FILES, RESULTS_FILE, TABLE_FILE, VERSION,
 from evals.harness.suites import choose_benchmarks
 from evals.perplexity import perplexity, spelled_beginning
 from evals.study.grid import Chooses, Grid, parse_methods, sizes
-from evals.study.rows import ResumableRows, recorded_dates
+from evals.study.rows import ResumableRows, check_rows, recorded_dates
 from evals.study.samples import PROMPT_TOKENS, Sampler
 from gluprune_jax.cli import method_options, terminal
 from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
@@ -64,9 +64,12 @@ def compare(request: CompareRequest) -> None:
     request = dataclasses.replace(request, calibration=methods.calibration_texts(wanted, given))
     _check_request(request, wanted, targets)
     method_options.note_own_text(given, request.calibration)
+    path = None if request.output is None else request.output / RESULTS_FILE
     with synchronize_errors():
         if is_main() and request.output is not None:
             _check_output(request.output, request.overwrite)
+        if is_main() and request.resume:
+            check_rows(path)
         tasks, limits = None, None
         if request.tasks is not None:
             eval_options.check_installed()
@@ -86,7 +89,6 @@ def compare(request: CompareRequest) -> None:
         )
     if request.by_layer:
         targets = [{**target, "layers": (i,)} for target in targets for i in range(checkpoint.config.num_hidden_layers)]
-    path = None if request.output is None else request.output / RESULTS_FILE
     has_chats = any(document.kind == "chat" for document in documents)
     with synchronize_errors():
         tokenizer = load_tokenizer(checkpoint, request.chat_template) if has_chats else None

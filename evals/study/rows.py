@@ -14,6 +14,17 @@ from gluprune_jax.parallel.distributed import broadcast_from_main, is_main, sync
 _FORMER_WORDS = {"in-order": "sequential"}
 
 
+def check_rows(path: Path | None) -> None:
+    """Makes sure, before anything that takes long, that there is a file of rows to resume.
+
+    Raises:
+      RequestError: there is none.
+    """
+    if path is None or not path.exists():
+        what = "no `output` is given" if path is None else f"{path} is missing"
+        raise RequestError(f"there is nothing to resume: {what}; leave out `resume` to begin")
+
+
 class ResumableRows:
     """The rows that are known, kept in a file if there is one.
 
@@ -56,11 +67,8 @@ class ResumableRows:
         document = json.loads(json.dumps(about))
         rows: list[Any] = []
         with synchronize_errors():
-            if resume and is_main() and not (path is not None and path.exists()):
-                raise RequestError(
-                    f"there is nothing to resume: {'no `output` is given' if path is None else f'{path} is missing'}; "
-                    f"leave out `resume` to begin"
-                )
+            if resume and is_main():
+                check_rows(path)
             if is_main() and path is not None and path.exists():
                 found = _read(path, document["format"], is_row)
                 rows = [{**row, "method": method_name_now(row["method"])} for row in found.pop("rows")]
