@@ -13,7 +13,14 @@ from gluprune_jax.pruning.statistics import SENSITIVITIES
 if TYPE_CHECKING:
     from gluprune_jax.pruning.methods import Method
 
-COMPENSATIONS = ("none", "least-squares", "cv-least-squares")
+COMPENSATIONS = (
+    "none",
+    "least-squares",
+    "cv-least-squares",
+    "reconstruct",
+    "least-squares+reconstruct",
+    "cv-least-squares+reconstruct",
+)
 
 
 class CalibrationRequest(Protocol):
@@ -70,8 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compensate",
         choices=COMPENSATIONS,
         default="none",
-        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them; 'cv-' "
-        "only as far as that helps on calibration windows that are held out",
+        metavar="REPAIR",
+        help="least-squares refits down_proj, so that the kept neurons reproduce the output of all of them, "
+        "cv-least-squares only as far as that helps on calibration windows that are held out; reconstruct fits the MLP "
+        "of each layer to the dense one's outputs by gradient steps; least-squares+reconstruct and "
+        "cv-least-squares+reconstruct do both (default: none)",
     )
     which.add_argument(
         "--sequential",
@@ -100,14 +110,16 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
     from gluprune_jax.pruning.methods import Method
 
     find_criterion(request.criterion)
+    repairs = request.compensate.split("+")
     method = Method(
         request.criterion,
         request.allocation,
         request.min_keep,
-        request.compensate != "none",
+        repairs[0] in COMPENSATIONS[1:3],
         request.sequential,
         request.seed,
-        request.compensate == "cv-least-squares",
+        repairs[0] == "cv-least-squares",
+        repairs[-1] == "reconstruct",
     )
     check_calibration(request, [method], request.statistics, alternative=" or --statistics FILE")
     if request.statistics_out and request.statistics:
@@ -174,6 +186,7 @@ def check_calibration(
             )
         if method.needs_text and not request.calibration:
             what = "sequential pruning" if method.sequential else "the measured allocation"
+            what = "reconstruction" if method.reconstructs else what
             what = "refitting by least squares" if method.is_compensated else what
             raise RequestError(f"{what} runs the model on calibration text; give --calibration-data TEXT")
         if method.needs_statistics and not (request.calibration or statistics):
