@@ -29,7 +29,7 @@ from gluprune_jax.pruning.least_squares import (
     prune_in_order,
 )
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
-from gluprune_jax.pruning.reconstruction import Reconstruction, reconstruct
+from gluprune_jax.pruning.reconstruction import Reconstruction, divide_windows, reconstruct
 from gluprune_jax.pruning.scores import MLPWeights, Scores, is_data_driven, score
 from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics, describe_windows
 from gluprune_jax.pruning.targets import chosen_layers, target_width
@@ -122,7 +122,7 @@ class Method:
     @property
     def needs_grams(self) -> bool:
         """Whether it looks at Gram matrices of the dense model, of all windows together."""
-        return self.is_compensated and not (self.sequential or self.cross_validates)
+        return self.is_compensated and not (self.sequential or self.cross_validates or self.reconstructs)
 
     @property
     def folds(self) -> int:
@@ -342,7 +342,7 @@ class Chooser:
         found: Sequence[Compensation | None] = [None] * len(plans)
         if method.is_compensated:
             with self._layers("refitting down_proj") as progress:
-                grams = self._grams() if method.folds == 1 else gram_folds(self._model, self._text(), method.folds)
+                grams = self._grams() if method.needs_grams else self._gram_folds(method)
                 found = compensate(self._model, grams, plans, on_layer=progress)
         return [self._repaired(Pruned(*pair), method) for pair in zip(plans, found, strict=True)]
 
@@ -397,7 +397,7 @@ class Chooser:
         with self._layers("pruning layers in order") as progress:
             values, compensation = prune_in_order(
                 self._model,
-                self._text(),
+                self._fitted_to(method),
                 method.criterion,
                 plan.widths,
                 statistics=self.statistics() if needs else None,
@@ -424,10 +424,17 @@ class Chooser:
             yield gram
         self._grams_on_host = kept
 
+    def _gram_folds(self, method: Method) -> Iterator[list[Array]]:
+        return gram_folds(self._model, self._fitted_to(method), max(method.folds, 1))
+
     def _has_room(self) -> bool:
         """Whether the Gram matrices fit into the memory of every process's host."""
         size = sum(4 * width * width for width in self._model.config.stored_intermediate_sizes)
         return size <= min_over_processes(host_memory()) * _HOST_SHARE
+
+    def _fitted_to(self, method: Method) -> NDArray[np.int32]:
+        """The windows that weights are fitted to: not those by which reconstruction tells what helps."""
+        return divide_windows(self._text())[0] if method.reconstructs else self._text()
 
     def _text(self) -> NDArray[np.int32]:
         if self._windows is None:
