@@ -12,10 +12,10 @@ any scale; they are float32, and cast to the dtype of the weights when their err
 (arXiv 1412.6980) with gradients clipped by their global norm and a learning rate that falls to zero along a cosine.
 
 What is fitted to a text may overfit it: one window of every `HELD_OUT` is not fitted to. Its error is taken before the
-first step and after each pass over the others, and the weights with the least one are kept: none is worse than what the
-fit begins with, and what it begins with (removed neurons left out, or a refitted down projection) is what has the lesser
-error too. A refit that is to be judged so must not have seen these windows either. Where a step has no finite loss, or
-one far above that of no MLP at all, the layer stays as it was pruned.
+first step and after each pass over the others, and the weights with the least one are kept: none is worse than what
+the fit begins with, and what it begins with (removed neurons left out, or a refitted down projection) is what has the
+lesser error too. A refit that is to be judged so must not have seen these windows either. Where a step has no finite
+loss, or one far above that of no MLP at all, the layer stays as it was pruned.
 
 Steps are of the same windows on every mesh: where there are more replicas than windows in a step, some have none.
 

@@ -30,11 +30,11 @@ from gluprune_jax.prune import main
 from gluprune_jax.pruning import kept_layers, reconstruction
 from gluprune_jax.pruning.calibration import gram_matrices
 from gluprune_jax.pruning.least_squares import compensate
-from gluprune_jax.pruning.methods import Method, Pruned
+from gluprune_jax.pruning.methods import Chooser, Method, Pruned
 from gluprune_jax.pruning.pipeline import prune_model
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
 from gluprune_jax.pruning.reconstruction import Reconstruction, divide_windows, reconstruct
-from gluprune_jax.pruning.scores import score
+from gluprune_jax.pruning.scores import mlp_weights, score
 from gluprune_jax.pruning.slicing import slice_model
 
 Capture = pytest.CaptureFixture[str]
@@ -144,6 +144,17 @@ def test_it_begins_with_the_refit_where_that_helps(model: Decoder, plan: Pruning
     fitted = reconstruct(model, windows, plan, downs, **FIT)
     for fit, begun in zip(fits(fitted), fits(kept), strict=True):
         assert fit.error < begun.error
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_refit_has_not_seen_what_is_held_out(model: Decoder, windows: NDArray[np.int32], sequential: bool) -> None:
+    chooser = Chooser(model, lambda: mlp_weights(model), windows=windows, refits=True)
+    method = Method("ppm", is_compensated=True, sequential=sequential, reconstructs=True)
+    (pruned,) = chooser.choose(method, [{"prune_percent": 40}])
+    training, _ = divide_windows(windows)
+    (expected,) = compensate(model, gram_matrices(model, training), [pruned.plan])
+    assert pruned.compensation is not None
+    np.testing.assert_allclose(pruned.compensation.down_projs[0], expected.down_projs[0], rtol=1e-5, atol=1e-6)
 
 
 def test_gate_and_up_can_do_what_no_down_projection_can(model: Decoder, windows: NDArray[np.int32]) -> None:
