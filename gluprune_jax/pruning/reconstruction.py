@@ -52,9 +52,12 @@ from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights, mlp_weights
 from gluprune_jax.pruning.statistics import describe_windows
 
+# SmolLM2-135M, `hybrid`, 20 % removed, 8,192 tokens of WikiText-2: perplexity there and of Python text is 42.1 and 29.7
+# without, 39.9 and 30.2 with 2 passes at 0.005, 38.1 and 29.7 with 4 at 0.01, 37.8 and 29.6 with 8 at 0.02, all of them
+# in steps of 1,024 tokens, and 37.7 and 29.4 as here; half of the layers have their least error before the last pass.
 PASSES = 8  # over the windows that are fitted to
-LEARNING_RATE = 3e-3  # of the first step, in units of the root mean square of a matrix
-STEP_TOKENS = 1024  # windows of a step, at least one
+LEARNING_RATE = 0.01  # of the first step, in units of the root mean square of a matrix
+STEP_TOKENS = 512  # of the windows of a step, which has at least one
 HELD_OUT = 8  # of so many windows, one is held out
 _CLIP = 1.0
 _VERSION = 1  # of the fit: another one for other weights from the same text
