@@ -238,12 +238,23 @@ def test_every_family_is_fitted_through_its_own_layers(windows: NDArray[np.int32
     assert fits(found)[0].error < fits(found)[0].error_without
 
 
-def test_bfloat16_stays(windows: NDArray[np.int32], tmp_path: Path) -> None:
+def test_bfloat16_stays_on_disk_too(
+    windows: NDArray[np.int32], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = hf_config(torch_dtype="bfloat16", intermediate_size=83, num_attention_heads=8)
     model = convert.load(write_folder(tmp_path / "bf16", config, hf_tensors(config, "bfloat16"))).model
-    found = reconstruct(model, windows, make_plan(score(model), prune_percent=40), **FIT)
+    monkeypatch.setattr(kept_layers.KeptLayers, "clear", lambda _: None)
+    fit_again = functools.partial(
+        reconstruct, model, windows, make_plan(score(model), prune_percent=40), folder=tmp_path / "kept", **FIT
+    )
+    found = fit_again()
     assert {str(array.dtype) for array in found.parameters.values()} == {"bfloat16"}
     assert all(fit.error < fit.error_without for fit in fits(found))
+    monkeypatch.setattr(reconstruction, "reconstruct_layer", lambda *_, **__: pytest.fail("fitted again"))
+    again = fit_again()
+    for name, array in again.parameters.items():
+        assert array.dtype == jnp.bfloat16
+        assert np.array_equal(array, found.parameters[name])
 
 
 # ------------------------------------------------------------------------------------------------------------- meshes
@@ -269,6 +280,25 @@ def test_a_mesh_gives_what_one_device_does(
             # Adam divides gradients by their size: where there is next to none, rounding decides a step.
             off = np.abs(np.asarray(new)[cut] - old) / scale
             assert off.mean() < 1e-2, (i, name)
+
+
+@pytest.mark.parametrize("shape", [MeshShape(8, 1), MeshShape(2, 2)], ids=str)
+def test_a_step_is_of_the_same_windows_on_every_mesh(
+    model: Decoder,
+    windows: NDArray[np.int32],
+    plan: PruningPlan,
+    shape: MeshShape,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five windows a step, which no number of replicas divides."""
+    monkeypatch.setattr(reconstruction, "STEP_TOKENS", 80)
+    one = reconstruct(model, windows, plan, passes=4, learning_rate=0.02)
+    sharded = shard_model(model, make_mesh(shape, model.config.num_key_value_heads))
+    many = reconstruct(sharded, windows, plan, passes=4, learning_rate=0.02)
+    assert one.steps == many.steps == 4 * 3
+    for a, b in zip(fits(one), fits(many), strict=True):
+        assert b.error == pytest.approx(a.error, rel=1e-2)
+        assert a.error < a.error_without
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
