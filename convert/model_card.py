@@ -198,6 +198,8 @@ def _choice_of_neurons(record: Mapping[str, Any]) -> list[str]:
         lines.append("- Sequential: each layer was pruned on the outputs of the layers already pruned")
     if "compensation" in record:
         lines.append(f"- Refit of down_proj: {_refit(record['compensation'])}")
+    if "reconstruction" in record:
+        lines.append(f"- Reconstruction: {_reconstruction(record['reconstruction'])}")
     return lines
 
 
@@ -205,15 +207,38 @@ def _refit(compensation: Mapping[str, Any] | None) -> str:
     """What was done to the down projections."""
     if compensation is None:
         return "none, although the plan was made with one"
-    pairs = zip(compensation["output_error_without"], compensation["output_error"], strict=True)
-    errors = [(before, after) for before, after in pairs if before is not None and after is not None]
-    if not errors:
+    errors = _mean_errors(compensation["output_error_without"], compensation["output_error"])
+    if errors is None:
         return f"{compensation['method']}, of no layer"
-    before, after = (sum(values) / len(errors) for values in zip(*errors, strict=True))
+    before, after = errors
     return (
         f"{compensation['method']} (damping {compensation['damping']:g}); the error of a layer's output on the "
         f"calibration text, relative and squared, is {after:.3g} in the mean of the layers, {before:.3g} without"
     )
+
+
+def _reconstruction(record: Mapping[str, Any]) -> str:
+    """How the matrices of the MLPs were fitted to what the dense layers give."""
+    errors = _mean_errors(record["held_out_error_without"], record["held_out_error"])
+    if errors is None:
+        return f"{record['method']}, of no layer"
+    before, after = errors
+    left = f"; left as pruned: layers {record['left_as_pruned']}" if record["left_as_pruned"] else ""
+    return (
+        f"{record['method']} of gate, up and down projections ({record['steps']} steps a layer, learning rate "
+        f"{record['learning_rate']:g} of a matrix's root mean square); the error of a layer's output on windows that "
+        f"were held out, relative and squared, is {after:.3g} in the mean of the layers, {before:.3g} without{left}"
+    )
+
+
+def _mean_errors(without: Sequence[float | None], remaining: Sequence[float | None]) -> tuple[float, float] | None:
+    """The errors without and with a repair in the mean of the layers that have any."""
+    pairs = zip(without, remaining, strict=True)
+    errors = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not errors:
+        return None
+    before, after = (sum(values) / len(errors) for values in zip(*errors, strict=True))
+    return before, after
 
 
 def _texts(text: Mapping[str, Any]) -> str:
@@ -237,6 +262,8 @@ def _steps_before(history: Sequence[Mapping[str, Any]]) -> list[str]:
                 parts.append(f"layers {dropped} dropped")
             if record.get("compensation"):
                 parts.append("down_proj refitted by least squares")
+            if record.get("reconstruction"):
+                parts.append("layers reconstructed")
             what = f"pruned: {', '.join(parts)}"
         lines.append(f"- Step {number} before this: {what}")
     return lines

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 import convert
 from convert.calibration_text import calibration_windows
 from convert.chat import fix_date
+from convert.pypi import cache_folder
 from convert.tokenizer import load_tokenizer, tokens_beyond
 from evals.cli import options as eval_options
 from evals.harness.suites import SUITES, Benchmark, choose_benchmarks, find_suite
@@ -298,6 +299,7 @@ def _sweep(request: SweepRequest, command: str) -> None:
         names=request.calibration,
         date=text_date,
         refits=any(method.needs_grams for method in wanted),
+        cache=cache_folder(),
         progress=terminal.count_progress,
     )
     opened = functools.partial(_opened, request, prompt_date, checkpoint)
@@ -308,6 +310,8 @@ def _sweep(request: SweepRequest, command: str) -> None:
     grid = Grid(wanted, targets, {"method": DENSE, "level": DENSE}, "level")
     for key, _, pruned in grid.missing(chooser, rows):
         terminal.note(f"evaluating {key['method']}{'' if pruned is None else ', ' + key['level']}")
+        for note in [] if pruned is None else pruned.notes():
+            terminal.note(note)
         with contextlib.ExitStack() as stack:
             own = stack.enter_context(opened(pruned))
             models = [own] if pruned is None or not keys else [stack.enter_context(opened(None)), own]

@@ -39,7 +39,7 @@ from gluprune_jax.parallel.mesh import parameter_sharding, to_host
 from gluprune_jax.pruning.methods import Pruned, as_pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
-from gluprune_jax.pruning.slicing import slice_neurons
+from gluprune_jax.pruning.slicing import NEURON_AXES, slice_neurons
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class StreamedCheckpoint(Checkpoint):
       stored_config: the architecture of what is in the files, as far as a plan has left its layers; `config` is that of
         the pruned model.
       kept: for each layer the neurons that a plan keeps, if one was applied.
-      refitted: down projections that are in memory instead of in the files, by name in this model.
+      refitted: matrices of MLPs that are in memory instead of in the files, by name in this model.
       dtype: what every tensor is cast to as it is read; None keeps each tensor's own.
     """
 
@@ -120,25 +120,26 @@ class StreamedCheckpoint(Checkpoint):
     def pruned(self, pruned: Pruned | PruningPlan, *, donate: bool = False) -> Self:
         """The checkpoint of which only the kept layers and neurons will be read. There is nothing to donate.
 
-        Refitted down projections are kept in memory, cut to the neurons that stay.
+        Refitted matrices are kept in memory, cut to the neurons that stay.
         """
         pruned = as_pruned(pruned)
-        plan = pruned.plan
+        plan, new = pruned.plan, pruned.parameters
         config, layers = plan.pruned_config(self.config), plan.remaining_layers
         before = {name: _name_before(name, layers) for name in parameters_of(abstract_model(config))}
         stored = {name: self.stored[old] for name, old in before.items()}
-        downs = {name: int(old.split(".")[1]) for name, old in before.items() if old.endswith(".down_proj")}
-        if pruned.compensation is not None:
-            dense = {name: to_host(pruned.compensation.down_projs[i]) for name, i in downs.items()}
-        else:
-            dense = {name: self.refitted[old] for name in downs if (old := before[name]) in self.refitted}
+        refitted = {}
+        for name, old in before.items():
+            if old in new or old in self.refitted:
+                dense = to_host(new[old]) if old in new else self.refitted[old]
+                _, i, _, matrix = old.split(".")
+                refitted[name] = np.take(dense, plan.kept[int(i)], NEURON_AXES[matrix])
         return dataclasses.replace(
             self,
             model=abstract_weights(config, {name: self.dtype or tensor.dtype for name, tensor in stored.items()}),
             stored=stored,
             stored_config=self.stored_config.with_layers(layers),
             kept=tuple(plan.kept[i] if self.kept is None else self.kept[i][plan.kept[i]] for i in layers),
-            refitted={name: array[:, plan.kept[downs[name]]] for name, array in dense.items()},
+            refitted=refitted,
             history=(*self.history, self.record(pruned)),
         )
 

@@ -20,6 +20,7 @@ from rich.table import Table
 import convert
 from convert.calibration_text import calibration_windows
 from convert.chat import fix_date
+from convert.pypi import cache_folder
 from convert.tokenizer import beginning, check_ids, encode_text, load_tokenizer, tokens_beyond
 from evals.cli import options as eval_options
 from evals.cli.overview import captions, is_single_size, overview
@@ -114,6 +115,7 @@ def compare(request: CompareRequest) -> None:
         names=request.calibration,
         date=date,
         refits=any(method.needs_grams for method in wanted),
+        cache=cache_folder(),
         progress=terminal.count_progress,
     )
     results = ResumableRows.open(
@@ -315,6 +317,9 @@ class _Meter:
 
     def measure(self, method: str, pruned: Pruned | None) -> dict[str, Any]:
         """Perplexities, benchmarks and answer of the dense model (None) or of one pruned by a method."""
+        if pruned is not None and not self._request.json:
+            for note in pruned.notes():
+                terminal.note(f"{method}: {note}")
         config = self._checkpoint.config
         model = self._checkpoint.model if pruned is None else pruned.apply(self._checkpoint.model)
         # Without masks the model runs in the same programs, under masks that keep everything.

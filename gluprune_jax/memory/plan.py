@@ -28,6 +28,7 @@ from gluprune_jax.models.parameters import abstract_model
 from gluprune_jax.parallel.mesh import MeshShape, axis_sizes
 from gluprune_jax.parallel.sharding import CACHE_AXES, MESH_AXES, PARAMETERS, partition_spec
 from gluprune_jax.pruning.calibration import BATCH_TOKENS
+from gluprune_jax.pruning.reconstruction import STEP_TOKENS
 
 # The share of a device's memory that is planned with: programs, buffers of the runtime and gaps take the rest.
 USABLE = Fraction(9, 10)
@@ -79,6 +80,7 @@ class Pruning:
       window: tokens of one of its windows.
       is_compensated: whether down projections are refitted, by Gram matrices.
       folds: how many Gram matrices a layer has, where refitting is cross-validated.
+      reconstructs: whether the MLPs are fitted to the outputs of the dense layers.
     """
 
     stream: bool = False
@@ -86,6 +88,7 @@ class Pruning:
     window: int = 512
     is_compensated: bool = False
     folds: int = 1
+    reconstructs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,8 @@ def plan_memory(model: Decoder, shape: MeshShape, use: Evaluation | Pruning) -> 
         workspace = _pruning_workspace(config, mesh, max(layers))
         if use.calibration:
             workspace = max(workspace, _calibration_workspace(config, mesh, use, _itemsize(model)))
+        if use.calibration and use.reconstructs:
+            workspace = max(workspace, _reconstruction_workspace(config, mesh, use, _itemsize(model), layers))
         return MemoryPlan(shape, use, weights, 0, workspace)
     itemsize, weights = _itemsize(model), sum(parameters.values())
 
@@ -270,6 +275,29 @@ def _calibration_workspace(config: ModelConfig, mesh: AbstractMesh, use: Pruning
     part = _bytes(mesh, ("neurons", None), (width, width), 4)
     held = part * (1 if use.folds == 1 else 1 + use.folds)
     return stream + held + max(part + batch, 4 * 4 * width * width + 4 * 4 * width * D)
+
+
+def _reconstruction_workspace(
+    config: ModelConfig, mesh: AbstractMesh, use: Pruning, itemsize: int, layers: Sequence[int]
+) -> int:
+    """What reconstruction holds:
+
+    - the residual streams of the dense and of the pruned model, each in front of a layer and within it;
+    - the matrices that were fitted so far, in the end those of all layers, and refitted down projections;
+    - of the layer, its matrices as they are, as they were best and as they are tried; and in float32 the changes, the
+      optimiser's two moments, and 6 arrays of a step;
+    - of a step's windows, in float32, 8 arrays of the hidden size and 10 of the MLP's width, for the way back.
+    """
+    replicas, D, width = mesh.shape["data"], config.hidden_size, max(config.stored_intermediate_sizes)
+    rows = max(1, STEP_TOKENS // use.window)
+    steps = -(-use.calibration // (use.window * rows)) + 1  # those held out are a step more
+    rows = -(-rows // replicas) * replicas
+    stream = _bytes(mesh, ("batch", None, None), (steps * rows, use.window, D), itemsize)
+    results = sum(layers) + (-(-sum(layers) // 3) if use.is_compensated else 0)
+    matrices = 3 * _bytes(mesh, ("neurons", None), (width, D), 4)
+    step = 8 * _bytes(mesh, ("batch", None, None), (rows, use.window, D), 4)
+    step += 10 * _bytes(mesh, ("batch", None, "neurons"), (rows, use.window, width), 4)
+    return 4 * stream + results + 3 * max(layers) + 9 * matrices + step
 
 
 def _pruning_workspace(config: ModelConfig, mesh: AbstractMesh, layer: int) -> int:

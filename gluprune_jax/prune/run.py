@@ -14,6 +14,7 @@ from convert.gguf.sizes import SHOWN
 from convert.huggingface.one_pass import can_read_once
 from convert.huggingface.streamed import StreamedCheckpoint
 from convert.model_card import model_card
+from convert.pypi import cache_folder
 from convert.sources import is_mixture_folder, loaded_whole
 from convert.store import save_pruned
 from convert.tokenizer import has_tokenizer, load_tokenizer, tokens_beyond
@@ -42,7 +43,6 @@ from gluprune_jax.prune.report import Clock, add_forecast, before_and_after, fin
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning import methods
 from gluprune_jax.pruning.budget import target_within
-from gluprune_jax.pruning.least_squares import FOLDS
 from gluprune_jax.pruning.one_pass import Choice, Ranking, Replay
 from gluprune_jax.pruning.plan import PruningPlan, blank_plan
 from gluprune_jax.pruning.scores import fingerprint
@@ -111,8 +111,8 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
     if plan is not None and plan.is_compensated and request.compensate == "none":
         plan.check_fits(dense)
         raise RequestError(
-            f"--plan {request.plan} was made with refitted down projections, which it does not hold; refit them "
-            f"again with --compensate {plan.request['compensate']} and --calibration-data TEXT"
+            f"--plan {request.plan} was made with refitted weights, which it does not hold; refit them again with "
+            f"--compensate {plan.request['compensate']} and --calibration-data TEXT"
         )
     if isinstance(checkpoint, StreamedCheckpoint) and _reads_once(request, checkpoint, formats):
         _prune_in_one_pass(request, checkpoint, plan, statistics, clock, command)
@@ -152,6 +152,7 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
         date=date if has_chats else None,
         statistics=statistics,
         refits=method.needs_grams,
+        cache=cache_folder(),
         progress=terminal.count_progress,
     )
     collected = None
@@ -167,8 +168,11 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
         with terminal.count_progress("checking the plan", dense.num_hidden_layers, "layers") as progress:
             weights = checkpoint.mlp_weights()
             plan.check_fits(dense, fingerprint(model, weights=weights, on_layer=lambda i: progress(i + 1)))
-        pruned = chooser.compensated([plan])[0] if request.compensate != "none" else methods.Pruned(plan)
+        (pruned,) = chooser.repaired([plan], method)
     plan = pruned.plan
+    if not request.json:
+        for note in pruned.notes():
+            terminal.note(note)
     report = _report(request, formats, checkpoint, pruned)
     if memory:
         report["memory"] = memory
@@ -317,11 +321,13 @@ def _use_in_memory(request: PruneRequest) -> Evaluation | Pruning:
 def _pruning(request: PruneRequest) -> Pruning:
     if not request.calibration:
         return Pruning(stream=_streams(request))
+    method = method_of(request)
     return Pruning(
         calibration=request.calibration_tokens,
         window=request.sequence_length,
-        is_compensated=request.compensate != "none",
-        folds=FOLDS if request.compensate == "cv-least-squares" else 1,
+        is_compensated=method.is_compensated,
+        folds=max(method.folds, 1),
+        reconstructs=method.reconstructs,
     )
 
 

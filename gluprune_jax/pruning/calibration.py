@@ -127,6 +127,28 @@ class Stream:
         """Another stream at the same place; what happens to one does not touch the other."""
         return copy.copy(self)  # arrays are never changed, and lists are replaced
 
+    @property
+    def batches(self) -> list[Array]:
+        """The tokens of each batch, `[B, W]` int32, negative where there are none."""
+        return self._batches
+
+    @property
+    def hidden(self) -> list[Array]:
+        """The residual stream where it is, of each batch `[B, W, D]`."""
+        return self._hidden
+
+    def attend(self, i: int) -> list[Array]:
+        """The stream behind the attention of layer `i`, into which it goes next, of each batch `[B, W, D]`."""
+        if self._attended is None:
+            graphdef, state = nnx.split(self._model.layers[i])
+            found = []
+            with use_mesh(self._mesh):
+                for hidden in self._hidden:
+                    found.append(_attend(graphdef, state, hidden))
+                    block_on_cpu(self._mesh, found[-1])
+            self._attended = found
+        return self._attended
+
     def observe(self, i: int, *, folds: int = 0) -> tuple[LayerStatistics, list[Array]]:
         """Statistics of layer `i`, into which the stream goes next; its `influence` is not known before `advance`.
 
@@ -168,14 +190,20 @@ class Stream:
             present = np.unique(numbers).tolist()
             yield [(number, None if len(present) == 1 else numbers == number) for number in present]
 
-    def advance(self, i: int, down_proj: Array | None = None) -> float:
+    def advance(
+        self, i: int, down_proj: Array | None = None, *, gate_proj: Array | None = None, up_proj: Array | None = None
+    ) -> float:
         """Moves the stream behind layer `i`, and returns the layer's influence (see `LayerStatistics`).
 
         Args:
           i: the index of the layer.
           down_proj: to use in place of the layer's own, `[D, F as stored]`; zero columns remove neurons.
+          gate_proj: likewise, `[F as stored, D]`.
+          up_proj: likewise, `[F as stored, D]`.
         """
         layer: DecoderLayer = self._model.layers[i]
+        others = {"mlp.gate_proj": gate_proj, "mlp.up_proj": up_proj}
+        layer = with_parameters(layer, {name: array for name, array in others.items() if array is not None})
         graphdef, state = nnx.split(layer)
         down = layer.mlp.down_proj[...] if down_proj is None else down_proj
         behind, influence = [], 0.0

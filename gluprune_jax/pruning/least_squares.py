@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from gluprune_jax.errors import OperationError
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import with_parameters
+from gluprune_jax.models.parameters import Parameters, with_parameters
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, to_host, use_mesh
 from gluprune_jax.parallel.sharding import constrain, is_divided, partition_spec, per_shard
 from gluprune_jax.pruning import cholesky
@@ -247,6 +247,11 @@ class Compensation:
     down_projs: tuple[Array, ...]
     fits: tuple[Fit | None, ...]
     in_order: bool
+
+    @property
+    def parameters(self) -> Parameters:
+        """What takes the place of parameters of the dense model, by name."""
+        return {f"layers.{i}.mlp.down_proj": down for i, down in enumerate(self.down_projs)}
 
     def summary(self) -> dict[str, Any]:
         """What a model card and the history of a checkpoint say of it."""

@@ -1,9 +1,10 @@
-"""How a model is pruned: criterion, allocation and compensation together."""
+"""How a model is pruned: criterion, allocation and repair together."""
 
 import contextlib
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from gluprune_jax.data.documents import SELF
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.models.parameters import Parameters, with_parameters
 from gluprune_jax.parallel.distributed import min_over_processes
 from gluprune_jax.parallel.machine import host_memory
 from gluprune_jax.parallel.mesh import mesh_of, place, to_host
@@ -26,9 +28,9 @@ from gluprune_jax.pruning.least_squares import (
     Compensation,
     compensate,
     prune_in_order,
-    with_down_projections,
 )
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
+from gluprune_jax.pruning.reconstruction import Reconstruction, divide_windows, reconstruct
 from gluprune_jax.pruning.scores import MLPWeights, Scores, is_data_driven, score
 from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics, describe_windows
 from gluprune_jax.pruning.targets import chosen_layers, target_width
@@ -52,6 +54,7 @@ class Method:
         sensitivities, which are the dense model's).
       seed: of criteria that draw random numbers.
       cross_validates: whether the refit is only as strong as helps on calibration windows that are held out.
+      reconstructs: whether each layer's MLP is then fitted to what the dense layer gives (`reconstruction`).
     """
 
     criterion: str = "ppm"
@@ -61,6 +64,7 @@ class Method:
     sequential: bool = False
     seed: int = 0
     cross_validates: bool = False
+    reconstructs: bool = False
 
     @classmethod
     def parse(cls, text: str, *, min_keep: float = MIN_KEEP, seed: int = 0) -> "Method":
@@ -71,7 +75,7 @@ class Method:
         """
         criterion, *parts = (_SHORT.get(part, part) for part in text.split("+"))
         find_criterion(criterion)
-        known = (*ALLOCATIONS[1:], *_REFITS, "sequential")
+        known = (*ALLOCATIONS[1:], *_REFITS, "reconstruct", "sequential")
         if "in-order" in parts:
             raise RequestError(f"method {text!r} has 'in-order', which is called sequential now")
         if wrong := [part for part in parts if part not in known]:
@@ -83,12 +87,27 @@ class Method:
         refits = [part for part in parts if part in _REFITS]
         if len(set(refits)) > 1:
             raise RequestError(f"method {text!r} has {' and '.join(refits)}; give one")
-        return cls(criterion, allocation, min_keep, bool(refits), "sequential" in parts, seed, refits == [_REFITS[1]])
+        return cls(
+            criterion,
+            allocation,
+            min_keep,
+            bool(refits),
+            "sequential" in parts,
+            seed,
+            refits == [_REFITS[1]],
+            "reconstruct" in parts,
+        )
 
     def __str__(self) -> str:
         parts = [self.criterion, *[self.allocation] * (self.allocation != "uniform")]
-        refit = [_REFITS[self.cross_validates]] * self.is_compensated
-        return "+".join([*parts, *refit, *["sequential"] * self.sequential])
+        repair = [self.compensate] * (self.compensate != "none")
+        return "+".join([*parts, *repair, *["sequential"] * self.sequential])
+
+    @property
+    def compensate(self) -> str:
+        """How weights are repaired, in one word: "least-squares+reconstruct"; "none" where they are not."""
+        parts = [_REFITS[self.cross_validates]] * self.is_compensated + ["reconstruct"] * self.reconstructs
+        return "+".join(parts) or "none"
 
     @property
     def needs_statistics(self) -> bool:
@@ -104,7 +123,7 @@ class Method:
     @property
     def needs_grams(self) -> bool:
         """Whether it looks at Gram matrices of the dense model, of all windows together."""
-        return self.is_compensated and not (self.sequential or self.cross_validates)
+        return self.is_compensated and not (self.sequential or self.cross_validates or self.reconstructs)
 
     @property
     def folds(self) -> int:
@@ -114,30 +133,42 @@ class Method:
     @property
     def needs_text(self) -> bool:
         """Whether the model must be run on calibration text, whatever statistics there are."""
-        return self.is_compensated or self.sequential or self.allocation == "measured"
+        return self.compensate != "none" or self.sequential or self.allocation == "measured"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """A choice of neurons, and the down projections that go with it (None: those of the model)."""
+    """A choice of neurons, and the repaired weights that go with it (None: those of the model)."""
 
     plan: PruningPlan
     compensation: Compensation | None = None
+    reconstruction: Reconstruction | None = None
+
+    @property
+    def parameters(self) -> Parameters:
+        """What takes the place of parameters of the dense model, by name, neurons as stored."""
+        repairs = [repair for repair in (self.compensation, self.reconstruction) if repair is not None]
+        return {name: array for repair in repairs for name, array in repair.parameters.items()}
 
     def apply(self, model: Decoder) -> Decoder:
-        """The model with these down projections; `plan` is still to be masked or sliced."""
-        return model if self.compensation is None else with_down_projections(model, self.compensation.down_projs)
+        """The model with these weights; `plan` is still to be masked or sliced."""
+        return with_parameters(model, self.parameters)
 
     def record(self) -> dict[str, Any]:
         """What a history says beside the plan."""
-        if self.compensation is not None:
-            return {"compensation": self.compensation.summary()}
-        # A plan that was made with a refit is applied without: the history must not read as if there had been one.
+        repairs = {"compensation": self.compensation, "reconstruction": self.reconstruction}
+        if found := {name: repair.summary() for name, repair in repairs.items() if repair is not None}:
+            return found
+        # A plan that was made with a repair is applied without: the history must not read as if there had been one.
         return {"compensation": None} if self.plan.is_compensated else {}
+
+    def notes(self) -> list[str]:
+        """What a command says beside the results, a sentence each."""
+        return [] if self.reconstruction is None else self.reconstruction.notes()
 
 
 def as_pruned(pruned: Pruned | PruningPlan) -> Pruned:
-    """A plan alone is a choice of neurons that leaves the down projections as they are."""
+    """A plan alone is a choice of neurons that leaves the weights as they are."""
     return Pruned(pruned) if isinstance(pruned, PruningPlan) else pruned
 
 
@@ -169,6 +200,7 @@ class Chooser:
       date: that the chat template wrote into them.
       statistics: of this model, if they were collected before.
       refits: whether down projections will be refitted, so that one pass gives statistics and Gram matrices.
+      cache: a folder where reconstruction may keep finished layers until all are (see `reconstruction.reconstruct`).
       progress: is told what is being done.
     """
 
@@ -182,10 +214,12 @@ class Chooser:
         date: datetime.date | None = None,
         statistics: Statistics | None = None,
         refits: bool = False,
+        cache: Path | None = None,
         progress: Progress = no_progress,
     ):
         self._model, self._weights, self._windows, self._names = model, weights, windows, names
         self._date = date
+        self._folder = None if cache is None else cache / "reconstruction"
         self._statistics = statistics
         self._refits, self._progress = refits, progress
         self._grams_on_host: list[NDArray[np.float32]] | None = None
@@ -285,7 +319,8 @@ class Chooser:
             `drop_least`, how many layers to drop (see `least_influential`).
 
         Raises:
-          RequestError, OperationError: as for `make_plan`, `scores.score`, `allocation` and `least_squares`.
+          RequestError, OperationError: as for `make_plan`, `scores.score`, `allocation`, `least_squares` and
+            `reconstruction`.
         """
         counts = [target.get("drop_least") for target in targets]
         targets = [self._naming_layers(target) for target in targets]
@@ -312,21 +347,36 @@ class Chooser:
         scores = self.scores(method.criterion, method.seed)
         plans = [self._plan(method, scores, target) for target in targets]
         if method.sequential:
-            return [self._sequential(method, scores, target, plan) for target, plan in zip(targets, plans, strict=True)]
-        if method.is_compensated:
-            return self.compensated(plans, folds=method.folds)
-        return [Pruned(plan) for plan in plans]
+            pairs = zip(targets, plans, strict=True)
+            return [self._repaired(self._sequential(method, scores, *pair), method) for pair in pairs]
+        return self.repaired(plans, method)
 
-    def compensated(self, plans: Sequence[PruningPlan], *, folds: int = 1) -> list[Pruned]:
-        """Refits down projections for plans, in one pass over the calibration text; several `folds` cross-validate."""
-        with self._layers("refitting down_proj") as progress:
-            grams = self._grams() if folds == 1 else gram_folds(self._model, self._text(), folds)
-            found = compensate(self._model, grams, plans, on_layer=progress)
-        texts = describe_windows(self._text(), self._names, self._date)
-        return [
-            Pruned(plan.compensated_on(plan.calibration or texts), compensation)
-            for plan, compensation in zip(plans, found, strict=True)
-        ]
+    def repaired(self, plans: Sequence[PruningPlan], method: Method) -> list[Pruned]:
+        """Refits and reconstructs for plans as a method says, whatever chose them; all refits take one pass.
+
+        Raises:
+          RequestError, OperationError: as for `least_squares` and `reconstruction`.
+        """
+        found: Sequence[Compensation | None] = [None] * len(plans)
+        if method.is_compensated:
+            with self._layers("refitting down_proj") as progress:
+                grams = self._grams() if method.needs_grams else self._gram_folds(method)
+                found = compensate(self._model, grams, plans, on_layer=progress)
+        return [self._repaired(Pruned(*pair), method) for pair in zip(plans, found, strict=True)]
+
+    def _repaired(self, pruned: Pruned, method: Method) -> Pruned:
+        """Reconstructs after all else, where the method does, and notes in the plan that there was a repair."""
+        if method.compensate == "none":
+            return pruned
+        if method.reconstructs:
+            refitted = None if pruned.compensation is None else pruned.compensation.down_projs
+            with self._layers("reconstructing layers") as progress:
+                found = reconstruct(
+                    self._model, self._text(), pruned.plan, refitted, folder=self._folder, on_layer=progress
+                )
+            pruned = dataclasses.replace(pruned, reconstruction=found)
+        texts = pruned.plan.calibration or describe_windows(self._text(), self._names, self._date)
+        return dataclasses.replace(pruned, plan=pruned.plan.compensated_on(texts, method.compensate))
 
     def _plan(self, method: Method, scores: Scores, target: Mapping[str, Any]) -> PruningPlan:
         uniform = make_plan(scores, **target)
@@ -365,7 +415,7 @@ class Chooser:
         with self._layers("pruning layers in order") as progress:
             values, compensation = prune_in_order(
                 self._model,
-                self._text(),
+                self._fitted_to(method),
                 method.criterion,
                 plan.widths,
                 statistics=self.statistics() if needs else None,
@@ -377,7 +427,7 @@ class Chooser:
         scores = dataclasses.replace(scores, values=values, calibration=texts)
         plan = make_plan(scores, **target, widths=plan.widths, allocation=plan.request.get("allocation"))
         plan = dataclasses.replace(plan, request={**plan.request, "in_order": True})
-        return Pruned(plan.compensated_on(texts), compensation) if method.is_compensated else Pruned(plan)
+        return Pruned(plan, compensation if method.is_compensated else None)
 
     def _grams(self) -> Iterator[Array]:
         """The Gram matrices of the layers, computed once if the host has room for them."""
@@ -392,10 +442,17 @@ class Chooser:
             yield gram
         self._grams_on_host = kept
 
+    def _gram_folds(self, method: Method) -> Iterator[list[Array]]:
+        return gram_folds(self._model, self._fitted_to(method), max(method.folds, 1))
+
     def _has_room(self) -> bool:
         """Whether the Gram matrices fit into the memory of every process's host."""
         size = sum(4 * width * width for width in self._model.config.stored_intermediate_sizes)
         return size <= min_over_processes(host_memory()) * _HOST_SHARE
+
+    def _fitted_to(self, method: Method) -> NDArray[np.int32]:
+        """The windows that weights are fitted to: not those by which reconstruction tells what helps."""
+        return divide_windows(self._text())[0] if method.reconstructs else self._text()
 
     def _text(self) -> NDArray[np.int32]:
         if self._windows is None:

@@ -121,8 +121,8 @@ class PruningPlan:
       request: the target as it was asked for, and the method (allocation, in order, compensation) where it is another
         than the same width for all layers by their scores alone.
       versions: of this package and of jax.
-      calibration: the text that the choice of neurons, widths or layers comes from, or that down projections were
-        refitted to (`calibration.describe_windows`).
+      calibration: the text that the choice of neurons, widths or layers comes from, or that weights were fitted to
+        (`calibration.describe_windows`).
       dropped_layers: the layers that are removed whole, attention and MLP, ascending.
       experts: of a mixture of experts how many each layer has (0: it is dense); `kept` and `intermediate_sizes` are
         then of each MLP, not of each layer (see `gluprune_jax.pruning.mixture`). Empty for any other model.
@@ -152,12 +152,17 @@ class PruningPlan:
 
     @property
     def is_compensated(self) -> bool:
-        """Whether down projections were refitted, which the plan does not hold: to replay it is to refit them again."""
+        """Whether weights were repaired, which the plan does not hold: to replay it is to repair them again."""
         return bool(self.request.get("compensate", "none") != "none")
 
-    def compensated_on(self, texts: Mapping[str, Any]) -> "PruningPlan":
-        """The same choice, with a note that down projections were refitted to these texts (`describe_windows`)."""
-        return dataclasses.replace(self, request={**self.request, "compensate": "least-squares"}, calibration=texts)
+    def compensated_on(self, texts: Mapping[str, Any], compensate: str = "least-squares") -> "PruningPlan":
+        """The same choice, with a note that weights were repaired on these texts (`describe_windows`).
+
+        Args:
+          texts: what they were fitted to.
+          compensate: how, as `Method.compensate` spells it.
+        """
+        return dataclasses.replace(self, request={**self.request, "compensate": compensate}, calibration=texts)
 
     def pruned_config(self, config: ModelConfig) -> ModelConfig:
         """The architecture after pruning a model of architecture `config`: the layers that stay, with their widths.

@@ -27,7 +27,14 @@ from gluprune_jax.pruning.methods import Chooser, Method
 
 Capture = pytest.CaptureFixture[str]
 CONFIG = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, intermediate_size=83, max_position_embeddings=64)
-METHODS = ("ppm", "random", "hybrid+least-squares", "wanda+global", "hybrid+least-squares+sequential")
+METHODS = (
+    "ppm",
+    "random",
+    "hybrid+least-squares",
+    "wanda+global",
+    "hybrid+least-squares+sequential",
+    "ppm+reconstruct",
+)
 
 
 @pytest.fixture(scope="module")

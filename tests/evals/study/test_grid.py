@@ -45,7 +45,9 @@ def walk(grid: Grid, rows: ResumableRows, most: int = 99) -> Asked:
 
 def test_every_cell_once_and_only_what_draws_has_seeds() -> None:
     targets = sizes(multiple_of=1, width=(8, 4))
-    grid = Grid(parse_methods(["ppm", "random", "hybrid+ls+sequential"], 0.2), targets, DENSE, "size", 2)
+    grid = Grid(
+        parse_methods(["ppm", "random", "hybrid+ls+sequential", "ppm+reconstruct"], 0.2), targets, DENSE, "size", 2
+    )
     rows = open_rows(None)
     assert walk(grid, rows).calls == [
         ("ppm", 0, [8, 4]),
@@ -53,10 +55,12 @@ def test_every_cell_once_and_only_what_draws_has_seeds() -> None:
         ("random", 1, [8, 4]),
         ("hybrid+least-squares+sequential", 0, [8]),  # nothing is shared between sizes: one after the other
         ("hybrid+least-squares+sequential", 0, [4]),
+        ("ppm+reconstruct", 0, [8]),
+        ("ppm+reconstruct", 0, [4]),
     ]
     keys = [(row["method"], row["size"], row["seed"]) for row in rows.document["rows"]]
     assert keys[:4] == [("dense", None, None), ("ppm", "8", None), ("ppm", "4", None), ("random", "8", 0)]
-    assert len(keys) == len(set(keys)) == 9
+    assert len(keys) == len(set(keys)) == 11
 
 
 def test_what_is_known_is_not_computed_again() -> None:

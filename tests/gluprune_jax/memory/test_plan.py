@@ -34,6 +34,9 @@ from gluprune_jax.parallel.machine import device_memory, free_memory, parse_byte
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh, place, use_mesh
 from gluprune_jax.pruning.calibration import advance_layer, observe_layer, zero_sums
 from gluprune_jax.pruning.least_squares import least_squares
+from gluprune_jax.pruning.reconstruction import STEP_TOKENS, Example, first_state, fit_step, make_start
+from gluprune_jax.pruning.reconstruction import Schedule as FitSchedule
+from gluprune_jax.pruning.scores import mlp_weights
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from shapes import shapes_of
@@ -231,6 +234,31 @@ def test_the_workspace_of_calibration_is_above_what_compiled_programs_use(
     used = {name: analysis.temp_size_in_bytes + stream + gram for name, analysis in analyses.items()}
     planned = plan_memory(abstract_model(MID), MeshShape(*shape), use).workspace
     assert max(used.values()) <= planned <= 4 * max(used.values()), used
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 8)])
+def test_the_workspace_of_reconstruction_is_above_what_it_holds_and_a_step_uses(shape: tuple[int, int]) -> None:
+    model, mesh = Decoder(MID, rngs=None, dtype=jnp.float32), None
+    if shape != (1, 1):
+        mesh = make_mesh(MeshShape(*shape), MID.num_key_value_heads)
+        model = shard_model(model, mesh)
+    graphdef, layer = nnx.split(model.layers[0])
+    rows = -(-STEP_TOKENS // 512 // shape[0]) * shape[0]
+    x = place(mesh, jnp.zeros((rows, 512, MID.hidden_size)), "batch", None, None)
+    example = Example(place(mesh, jnp.zeros((rows, 512), jnp.int32), "batch", None), x, x, 1.0)
+    schedule = FitSchedule(8, 1e-3)
+    with use_mesh(mesh):
+        start = make_start(next(mlp_weights(model)), place(mesh, jnp.ones(1536), "neurons"))
+        state = first_state(schedule, start)
+        analysis = fit_step.lower(graphdef, schedule, layer, start, state, example).compile().memory_analysis()
+    held = on_first_device((state, start.mlp, start.mlp))
+    streams = 3 * 16 * 512 * MID.hidden_size * 4 // shape[0]
+    fitted = sum(on_first_device(tuple(mlp)) for mlp in mlp_weights(model))
+    used = analysis.temp_size_in_bytes + held + streams + fitted
+    planned = plan_memory(
+        abstract_model(MID), MeshShape(*shape), Pruning(calibration=8192, reconstructs=True)
+    ).workspace
+    assert used <= planned <= 4 * used
 
 
 # -------------------------------------------------------------------------------------------------------- choice

@@ -17,7 +17,8 @@ from gluprune_jax.models.rope import rotate
 from gluprune_jax.pruning.cholesky import solve
 from gluprune_jax.pruning.criteria import CRITERIA, STATISTICS, WEIGHT_CRITERIA, inputs_of
 from gluprune_jax.pruning.least_squares import least_squares
-from gluprune_jax.pruning.scores import select_neurons
+from gluprune_jax.pruning.reconstruction import make_start
+from gluprune_jax.pruning.scores import MLPWeights, select_neurons
 from gluprune_jax.pruning.slicing import slice_neurons
 
 ROPE = Rope(10000.0)
@@ -102,6 +103,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "a Gram matrix of another width": lambda: least_squares(
         normal(F + 1, F + 1), normal(D, F), jnp.ones(F), jnp.float32(1)
     ),
+    "a mask of another layer": lambda: make_start(MLPWeights(*2 * [normal(F, D)], normal(D, F)), jnp.ones(F + 1)),
     "a matrix that is not square": lambda: solve(normal(F, D), normal(F, D)),
     "neurons that are no indices": lambda: slice_neurons(0, 0, normal(F, D), normal(3)),
     "scores of several layers": lambda: select_neurons(normal(2, F), 3),
