@@ -53,7 +53,8 @@ from gluprune_jax.parallel.sharding import CACHE_AXES, partition_spec
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Sums, advance_layer, backward_layer, observe_layer
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
 from gluprune_jax.pruning.least_squares import least_squares
-from gluprune_jax.pruning.scores import matrix_extents, score_layer
+from gluprune_jax.pruning.reconstruction import LEARNING_RATE, PASSES, Example, FitState, Schedule, Start, fit_step
+from gluprune_jax.pruning.scores import MLPWeights, matrix_extents, score_layer
 from gluprune_jax.pruning.slicing import slice_neurons
 
 HBM_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # of one chip
@@ -148,7 +149,7 @@ def unexpected(found: Sequence[Collective], expected: Sequence[Expected], limits
 
 PRUNING = (*WEIGHT_CRITERIA, "fingerprint", "slice gate", "slice down")
 EVALUATION = ("rows", "extend", "append", "score tokens", "admit", "decode")
-CALIBRATION = ("Gram matrix", "advance", "least squares", "sensitivity")
+CALIBRATION = ("Gram matrix", "advance", "least squares", "sensitivity", "reconstruct")
 EVERYTHING = (*PRUNING, *EVALUATION, *CALIBRATION, "extend a long text")
 
 
@@ -292,6 +293,10 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
     step = graphdef, layer
     held = weights_on_a_chip(model[1]) + 2 * CALIBRATION_TOKENS // R * D * jnp.dtype(DTYPE).itemsize
     mask = array(jnp.float32, F)
+    fit = fit_arguments(graphdef, layer, MLPWeights(gate, gate, down), array, batch)
+    # Two streams, of the dense model and of the pruned one, and the new matrices of all layers.
+    streams = held - weights_on_a_chip(model[1])
+    held_in_fit = held + streams + L * 3 * F * D * jnp.dtype(DTYPE).itemsize // case.mesh.model
     need = needs(case, model[1])
     return {
         **{name: Program(score_layer, (function, gate, gate), "score") for name, function in WEIGHT_CRITERIA.items()},
@@ -329,7 +334,28 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
         ),
         "least squares": Program(least_squares, (sums.gram, down, mask, number), "least squares", 1, held),
         "sensitivity": Program(backward_layer, (*step, stream, stream), "calibration", BATCH_TOKENS, held),
+        "reconstruct": Program(fit_step, fit, "calibration", CHUNK, held_in_fit),
     }
+
+
+def fit_arguments(
+    graphdef: Any, layer: nnx.State[Any, Any], mlp: MLPWeights, array: Callable[..., Any], batch: Callable[..., Any]
+) -> tuple[Any, ...]:
+    """What a step of local reconstruction takes, of one window in each replica; `array` and `batch` make shapes."""
+    D, F = mlp.down_proj.shape
+    schedule = Schedule(PASSES * CALIBRATION_TOKENS // CHUNK, LEARNING_RATE)
+    number, mask = array(jnp.float32), array(jnp.float32, F, axes=("neurons",))
+    changes = MLPWeights(*(jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=w.sharding) for w in mlp))
+    moments = jax.tree.map(
+        lambda leaf: changes if isinstance(leaf, MLPWeights) else array(leaf.dtype, *leaf.shape),
+        jax.eval_shape(schedule.optimizer().init, changes),
+        is_leaf=lambda leaf: isinstance(leaf, MLPWeights),
+    )
+    replicas = batch(1).sharding.mesh.shape["data"]
+    stream = batch(replicas, CHUNK, D, dtype=DTYPE)
+    start = Start(mlp, MLPWeights(number, number, number), mask)
+    example = Example(batch(replicas, CHUNK), stream, stream, number)
+    return graphdef, schedule, layer, start, FitState(changes, moments), example
 
 
 def layer_parameters(config: ModelConfig, mesh: Mesh) -> tuple[Any, nnx.State[Any, Any]]:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from gluprune_jax.errors import OperationError
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import Parameters, with_parameters
+from gluprune_jax.models.parameters import Parameters
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, to_host, use_mesh
 from gluprune_jax.parallel.sharding import constrain, is_divided, partition_spec, per_shard
 from gluprune_jax.pruning import cholesky
@@ -274,11 +274,6 @@ class Compensation:
             "held_out_error_without": [pair and pair[0] for pair in held_out],
             "held_out_error": [pair and pair[1] for pair in held_out],
         }
-
-
-def with_down_projections(model: Decoder, down_projs: Sequence[Array]) -> Decoder:
-    """The model with other down projections, of the same shapes; all other arrays are shared with `model`."""
-    return with_parameters(model, {f"layers.{i}.mlp.down_proj": down for i, down in enumerate(down_projs)})
 
 
 def compensate(

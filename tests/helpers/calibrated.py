@@ -1,11 +1,15 @@
 """A tiny model's activations, computed plainly, and the meshes that calibration is tried on."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 from tiny_models import hf_config
 
 from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.models.parameters import with_parameters
 from gluprune_jax.parallel.mesh import MeshShape
 
 CONFIG = hf_config(num_attention_heads=8, num_key_value_heads=2, intermediate_size=83)
@@ -31,3 +35,8 @@ def activations(model: Decoder, tokens: NDArray[np.int32]) -> list[NDArray[np.fl
 def of_all(model: Decoder, windows: NDArray[np.int32]) -> list[NDArray[np.float64]]:
     parts = [activations(model, window[window >= 0]) for window in windows]
     return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+
+
+def with_down_projections(model: Decoder, down_projs: Sequence[Array]) -> Decoder:
+    """The model with other down projections, of the same shapes."""
+    return with_parameters(model, {f"layers.{i}.mlp.down_proj": down for i, down in enumerate(down_projs)})

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from calibrated import CONFIG
+from calibrated import CONFIG, with_down_projections
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh
 from gluprune_jax.pruning.allocation import by_cost, by_score, layer_costs
 from gluprune_jax.pruning.calibration import gram_matrices
-from gluprune_jax.pruning.least_squares import compensate, with_down_projections
+from gluprune_jax.pruning.least_squares import compensate
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
 from gluprune_jax.pruning.scores import score
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from calibrated import CONFIG, SHAPES, of_all
+from calibrated import CONFIG, SHAPES, of_all, with_down_projections
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inspecting import logits
@@ -28,7 +28,6 @@ from gluprune_jax.pruning.least_squares import (
     cross_validate_layer,
     least_squares,
     prune_in_order,
-    with_down_projections,
 )
 from gluprune_jax.pruning.plan import make_plan
 from gluprune_jax.pruning.scores import score, select_neurons

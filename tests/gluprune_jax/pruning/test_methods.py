@@ -10,6 +10,7 @@ import commands
 import numpy as np
 import pytest
 from byte_tokenizer import VOCABULARY, write_tokenizer
+from calibrated import with_down_projections
 from calibration_text import TEXT, windows_of
 from inspecting import tensors
 from tiny_models import hf_config, hf_tensors, write_folder
@@ -23,7 +24,7 @@ from gluprune_jax.data.packing import pack
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.prune import main
 from gluprune_jax.pruning.calibration import collect, gram_matrices
-from gluprune_jax.pruning.least_squares import compensate, with_down_projections
+from gluprune_jax.pruning.least_squares import compensate
 from gluprune_jax.pruning.methods import Chooser, Method
 from gluprune_jax.pruning.plan import make_plan
 from gluprune_jax.pruning.scores import score
