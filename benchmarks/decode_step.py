@@ -1,10 +1,11 @@
-"""Seconds per decoded token of this tree and of another one, in alternating pairs of processes.
+"""Seconds per decoded token and of prefill, of this tree and of another one, in alternating pairs of processes.
 
     git worktree add /tmp/before COMMIT && python benchmarks/decode_step.py --against /tmp/before
 
 The demo model in float32 continues equal prompts (`--slots` of `--context` tokens, greedily) with `generate`, whose
-callback every 16 tokens is the clock: the first call, with compilation and prompts, is left out. Wall and CPU seconds
-of a step (medians of `--calls` calls and of `--pairs` pairs); beside other work the CPU seconds are steadier.
+callback every 16 tokens is the clock: the first call, with compilation and prompts, is left out. Prefill is of 512
+tokens behind 512 others. Wall and CPU seconds (medians of `--calls` calls, of prefill four times as many, and of
+`--pairs` pairs); beside other work the CPU seconds are steadier.
 """
 
 import argparse
@@ -21,12 +22,17 @@ from rich.table import Table
 
 CHILD = """
 import itertools, json, sys, time
-import numpy as np
+import jax, numpy as np
+from flax import nnx
 import convert
 try:
     from gluprune_jax.inference.generation import generate
+    from gluprune_jax.inference.prefill import extend
+    from gluprune_jax.models.cache import KVCache
 except ImportError:
     from gluprune_jax.generation import generate
+    from gluprune_jax.prefill import extend
+    from gluprune_jax.model import KVCache
 slots, context, calls = map(int, sys.argv[1:])
 model = convert.load("demo", dtype="float32").model
 prompt = np.random.default_rng(0).integers(1000, 40000, context + 1).tolist()  # the last chunk is short
@@ -39,15 +45,24 @@ texts = generate(
     on_tokens=lambda count: laps.append((time.perf_counter(), time.process_time())),
 )
 steps = [[(b - a) / 16 for a, b in zip(*pair)] for pair in itertools.pairwise(laps)][:calls]
-print(json.dumps({"steps": steps, "tokens": texts[0]}))
+params, cache = nnx.state(model, nnx.Param), KVCache.empty(model.config, 1, 1024, "float32")
+cache, tokens = cache.holding(np.array([512], np.int32)), np.array([prompt[:512]], np.int32)
+prefills = []
+for _ in range(4 * calls + 1):
+    before = time.perf_counter(), time.process_time()
+    jax.block_until_ready(extend(model.config, params, cache, tokens, None)[0])
+    prefills.append([time.perf_counter() - before[0], time.process_time() - before[1]])
+print(json.dumps({"steps": steps, "prefills": prefills[1:], "tokens": texts[0]}))
 """
 
 
 class Decoded(NamedTuple):
-    """What a tree did: wall and CPU seconds of a step (medians), and the tokens."""
+    """What a tree did: wall and CPU seconds of a step and of a prefill (medians), and the tokens."""
 
     wall: float
     cpu: float
+    prefill_wall: float
+    prefill_cpu: float
     tokens: list[int]
 
 
@@ -56,8 +71,8 @@ def measure(tree: Path, args: argparse.Namespace) -> Decoded:
     environment = os.environ | {"PYTHONPATH": str(tree)}
     result = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
-    wall, cpu = (statistics.median(values) for values in zip(*found["steps"], strict=True))
-    return Decoded(wall, cpu, found["tokens"])
+    medians = [statistics.median(values) for key in ("steps", "prefills") for values in zip(*found[key], strict=True)]
+    return Decoded(*medians, found["tokens"])
 
 
 def main() -> None:
@@ -72,11 +87,13 @@ def main() -> None:
     pairs = []
     for _ in range(args.pairs):
         pairs.append((measure(args.against.resolve(), args), measure(here, args)))
-        print(*(f"{side.wall:.4f} s, CPU {side.cpu:.4f} s" for side in pairs[-1]), sep="   ", file=sys.stderr)
+        print(
+            *("{:.4f} s, CPU {:.4f}; prefill {:.4f} s, CPU {:.4f}".format(*side) for side in pairs[-1]), file=sys.stderr
+        )
     table = Table(title=f"{args.slots} sequences, {args.context} tokens before them", title_justify="left")
     for heading in ("", "before", "now", "ratio (smallest to largest)"):
         table.add_column(heading)
-    for i, name in enumerate(("wall, ms a step", "CPU, ms a step")):
+    for i, name in enumerate(("wall, ms a step", "CPU, ms a step", "prefill, wall, ms", "prefill, CPU, ms")):
         before, now = ([1e3 * pair[j][i] for pair in pairs] for j in (0, 1))
         ratios = sorted(b / a for a, b in zip(before, now, strict=True))
         cells = f"{statistics.median(before):.1f}", f"{statistics.median(now):.1f}"
