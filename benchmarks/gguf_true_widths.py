@@ -42,7 +42,6 @@ def main() -> None:
     parser.add_argument("--types", default="F32,Q8_0,Q4_K_M,Q4_0")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)  # this script in a process of its own
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), args)
@@ -113,7 +112,7 @@ def our_perplexity(file: Path, rows: np.ndarray) -> float:
 
 def ask(file: Path, tokens: list[int]) -> float:
     """Seconds for the tokens after the prompt, one by one."""
-    command = [sys.executable, __file__, "--text", "-", "--ask", str(file), json.dumps(tokens)]
+    command = [sys.executable, __file__, "--ask", str(file), json.dumps(tokens)]  # this script in another process
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -322,7 +322,8 @@ def _cast_to(dtype: np.dtype[Any], sharding: Sharding) -> Callable[[Array], Arra
 
 @jax.jit
 def _all_finite(array: Array) -> Array:
-    return jnp.isfinite(array).all()
+    # Inf and NaN times 0 are NaN; of what `isfinite` says XLA's CPU compiler makes an array first (as in `scores`).
+    return jnp.sum(array * 0) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- names

@@ -100,16 +100,15 @@ def spelled_method(request: MethodRequest) -> "Method":
     """The method that a request spells, whatever it lacks."""
     from gluprune_jax.pruning.methods import Method  # here: `add_arguments` needs no JAX
 
-    repairs = request.compensate.split("+")
     return Method(
         request.criterion,
         request.allocation,
         request.min_keep,
-        repairs[0] in COMPENSATIONS[1:3],
-        request.sequential,
-        request.seed,
-        repairs[0] == "cv-least-squares",
-        repairs[-1] == "reconstruct",
+        is_compensated="least-squares" in request.compensate,  # cross-validated or not
+        sequential=request.sequential,
+        seed=request.seed,
+        cross_validates="cv-least-squares" in request.compensate,
+        reconstructs="reconstruct" in request.compensate,
     )
 
 

@@ -36,13 +36,13 @@ class KeptLayers:
         """
         try:
             data = self._path(i).read_bytes()
-            if hashlib.sha256(data[32:]).digest() != data[:32]:
-                return None
-            with np.load(io.BytesIO(data[32:]), allow_pickle=False) as stored:
-                arrays = dict(stored)
-            return arrays, json.loads(arrays.pop("about").tobytes())
-        except Exception:  # there mostly is none yet; and whatever numpy says of files that are damaged
+        except OSError:  # mostly there is none yet
             return None
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            return None
+        with np.load(io.BytesIO(data[32:]), allow_pickle=False) as stored:
+            arrays = dict(stored)
+        return arrays, json.loads(arrays.pop("about").tobytes())
 
     def save(self, i: int, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:
         """Keeps the arrays of layer `i`, and what goes with them as JSON holds it."""

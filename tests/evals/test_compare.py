@@ -219,6 +219,7 @@ def test_an_interrupted_comparison_says_how_to_resume(
             status, _, err = run(capsys, *argv, *more)
             command = f"  python -m evals.compare {shlex.join(map(str, [*argv, *more]))}"
             assert (status, err.splitlines()) == (130, [kept, command, "gluprune: interrupted"])
+    monkeypatch.setattr(convert, "load", interrupt)  # it is said before anything that takes long
     status, _, err = run(capsys, *argv, "--resume", "--output", tmp_path / "out")
     assert (status, "there is nothing to resume" in err) == (2, True)
 

@@ -22,6 +22,7 @@ from tiny_models import hf_config, hf_tensors, write_folder
 import convert
 from convert.__main__ import main
 from convert.gguf import file_writer
+from convert.huggingface.safetensors import TensorReader
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.prune import main as prune
@@ -228,6 +229,25 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(monkeypatch: pytest.
         convert.save(convert.load("model"), "out.gguf", formats=["gguf"], overwrite=True)
     assert Path("out.gguf").read_bytes() == old
     assert sorted(os.listdir()) == ["model", "out.gguf"]
+
+
+@pytest.mark.usefixtures("model")
+def test_an_embedding_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert.save(convert.load("model", stream=True), "whole.gguf", formats=["gguf"])
+    monkeypatch.setattr("convert.huggingface.safetensors._CHUNK", 1000)
+    checkpoint, most = convert.load("model", stream=True), 0
+    read_into = TensorReader.read_into
+
+    def watched(reader: TensorReader, part: Any, start: int = 0) -> None:
+        nonlocal most
+        if "embed_tokens" in reader.tensor.name:
+            most = max(most, part.nbytes)
+        read_into(reader, part, start)
+
+    monkeypatch.setattr(TensorReader, "read_into", watched)
+    convert.save(checkpoint, "pieces.gguf", formats=["gguf"])
+    assert 0 < most <= 1000
+    assert Path("pieces.gguf").read_bytes() == Path("whole.gguf").read_bytes()
 
 
 KILLED = """
