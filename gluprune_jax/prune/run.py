@@ -70,14 +70,15 @@ def run(request: PruneRequest, command: str) -> None:
         check_mixture_request(request)
         prune_mixture(request, mixture, command)
     else:
+        is_own_text = completed.calibration != request.calibration
+        if request.dry_run and is_own_text:
+            check_preview(request)
         method_options.note_own_text(request.calibration, completed.calibration, is_dry_run=request.dry_run)
-        _prune_dense(completed, formats, command, is_own_text=completed.calibration != request.calibration)
+        _prune_dense(completed, formats, command, is_own_text=is_own_text)
 
 
 def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *, is_own_text: bool) -> None:
     previews = request.dry_run and is_own_text  # what is asked for, without the text that the model would write
-    if previews:
-        check_preview(request)
     with synchronize_errors():
         texts = [(name, evaluation_text(name, terminal.note)) for name in request.eval_data]
         documents = read_calibration(request.calibration, "--calibration-data", terminal.note)
