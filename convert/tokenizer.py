@@ -81,12 +81,12 @@ def portable_assets(assets: Mapping[str, bytes]) -> dict[str, bytes]:
     """
     try:
         config = json.loads(assets["tokenizer_config.json"])
+        if not isinstance(config, dict) or config.get("tokenizer_class") != "TokenizersBackend":
+            return dict(assets)
         backend = json.loads(assets["tokenizer.json"])
     except (KeyError, ValueError, RecursionError):
         return dict(assets)
-    if not isinstance(config, dict) or not isinstance(backend, dict):
-        return dict(assets)
-    if config.get("tokenizer_class") != "TokenizersBackend":
+    if not isinstance(backend, dict):
         return dict(assets)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):

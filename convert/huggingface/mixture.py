@@ -85,9 +85,8 @@ class MixtureCheckpoint:
             array: jax.Array = jax.device_put(self._values(name, places))
             return array
 
-        matrices = read_ahead(read, wanted)
-        for gate, up, down in zip(matrices, matrices, matrices, strict=True):
-            yield MLPWeights(gate, up, down)
+        matrices = read_ahead(read, wanted, 1)
+        yield from map(MLPWeights, matrices, matrices, matrices)  # a loop would hold an MLP while the next is read
 
     def pruned(self, plan: PruningPlan) -> "MixtureCheckpoint":
         """The checkpoint of which only the kept neurons will be read, with a record of that in its history.

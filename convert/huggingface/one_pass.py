@@ -118,7 +118,7 @@ class KeptNeurons:
     """
 
     def __init__(self, weights: Iterable[MLPWeights], choice: Choice):
-        self._weights, self._choice = enumerate(weights), choice
+        self._weights, self._choice, self._count = iter(weights), choice, 0
         self._held: dict[tuple[int, str], NDArray[Any]] = {}
         self._lock = threading.Lock()  # writers ask on several threads
 
@@ -130,20 +130,25 @@ class KeptNeurons:
         """
         with self._lock:
             while (mlp, name) not in self._held:
-                self._choose(*next(self._weights))
+                self._choose_next()
             return self._held.pop((mlp, name))
 
     def finish(self) -> None:
         """Shows the choice the MLPs of which nothing was asked for: dropped layers have a say in the fingerprint."""
-        for i, mlp in self._weights:
-            self._choose(i, mlp)
+        with contextlib.suppress(StopIteration):
+            while True:
+                self._choose_next()
 
-    def _choose(self, i: int, mlp: MLPWeights) -> None:
+    def _choose_next(self) -> None:
+        mlp = next(self._weights)
         kept = self._choice.keep(mlp)
-        for (name, axis), matrix in zip(NEURON_AXES.items(), mlp, strict=True):
-            values = np.asarray(matrix)
+        matrices = list(mlp)
+        del mlp  # each matrix is let go as soon as it is cut
+        for name, axis in NEURON_AXES.items():
+            values = np.asarray(matrices.pop(0))
             if len(kept) == values.shape[axis]:
-                self._held[i, name] = values
+                self._held[self._count, name] = values
             elif len(kept):
                 # Not by XLA, whose results lie in small pages: they took longer to get than to fill.
-                self._held[i, name] = values.take(kept, axis)
+                self._held[self._count, name] = values.take(kept, axis)
+        self._count += 1

@@ -393,14 +393,14 @@ def write_order(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) ->
     return sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
 
 
-def read_ahead(function: Callable[[K], T], names: Iterable[K]) -> Iterator[T]:
-    """Maps in order, working on the next two values while one is used, so that reading and computing overlap."""
+def read_ahead(function: Callable[[K], T], names: Iterable[K], count: int = _READ_AHEAD) -> Iterator[T]:
+    """Maps in order, working on the next `count` values while one is used, so that reading and computing overlap."""
     pending: list[concurrent.futures.Future[T]] = []
-    with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
         try:
             for name in names:
                 pending.append(pool.submit(function, name))
-                if len(pending) > _READ_AHEAD:
+                if len(pending) > count:
                     yield pending.pop(0).result()
             while pending:
                 yield pending.pop(0).result()

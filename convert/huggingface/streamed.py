@@ -109,9 +109,8 @@ class StreamedCheckpoint(Checkpoint):
         names = {name.path: name for name in self.tensor_names}
         layers = range(self.config.num_hidden_layers)
         wanted = [names["layers", i, "mlp", matrix] for i in layers for matrix in MLPWeights._fields]
-        matrices = read_ahead(self.array, wanted)
-        for gate, up, down in zip(matrices, matrices, matrices, strict=True):
-            yield MLPWeights(gate, up, down)
+        matrices = read_ahead(self.array, wanted, 1)
+        yield from map(MLPWeights, matrices, matrices, matrices)  # a loop would hold a layer while the next is read
 
     def runnable_model(self) -> Decoder:
         """The model with its weights in memory: they are read each time."""

@@ -4,16 +4,18 @@ import dataclasses
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from inspecting import contents
 from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
-from convert.huggingface.one_pass import can_read_once
+from convert.huggingface.one_pass import KeptNeurons, can_read_once
 from convert.huggingface.streamed import StreamedCheckpoint
 from convert.store import save_pruned
 from gluprune_jax import make_plan, score
@@ -110,6 +112,25 @@ def test_matrices_of_several_dtypes_are_scored_first(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "model", CONFIG, tensors | narrow)
     assert not can_read_once(opened(path))
     assert can_read_once(opened(path, "bfloat16"))
+
+
+def test_a_layer_is_let_go_before_the_next_is_asked_for(model: Path) -> None:
+    dense = opened(model)
+    seen: list[weakref.ref[jax.Array]] = []
+
+    def watched():
+        weights = dense.mlp_weights()
+        while (mlp := next(weights, None)) is not None:
+            seen.extend(map(weakref.ref, mlp))
+            yield mlp
+            del mlp
+            assert [ref() for ref in seen] == [None] * len(seen)
+
+    kept = KeptNeurons(watched(), Ranking(dense.config, "ppm", {"width": 8}))
+    for layer in range(dense.config.num_hidden_layers):
+        assert kept.matrix(layer, "gate_proj").shape[0] == 8
+    kept.finish()
+    assert len(seen) == 3 * dense.config.num_hidden_layers
 
 
 COUNTED = """
