@@ -21,12 +21,14 @@ ROUNDINGS = ("down", "nearest")
 
 
 # The multiples that runtimes take well, from what each was seen to do (docs/prune.md): of other widths llama.cpp leaves
-# down projections in F16, MLX in the dtype that they have, and OpenVINO exports none in 4 bits. The others, among them
-# the TPU compiler, lost nothing by odd widths.
+# down projections in F16, MLX in the dtype that they have, and OpenVINO exports none in 4 bits. vLLM divides an MLP among
+# devices only where their number divides the width; 8 is a machine's. The others, among them the TPU compiler, lost
+# nothing by odd widths.
 RUNTIMES: Mapping[str, int] = {
     "llama.cpp": 256,
     "mlx": 64,
     "openvino": 128,
+    "vllm": 8,
     "onnxruntime": 1,
     "ctranslate2": 1,
     "tpu": 1,

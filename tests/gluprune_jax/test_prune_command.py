@@ -426,7 +426,7 @@ WIDTH = ("--width", "50")
         (nothing, ("--plan", "p.json", "--for", "mlx"), 2, ("--plan decides", "--for")),
         (nothing, (*WIDTH, "--for", "mlx", "--multiple-of", "8"), 2, ("--for mlx rounds", "--multiple-of is 8")),
         (nothing, (*WIDTH, "--for", "llama.cpp"), 2, ("no multiple of 256 is a width below",)),
-        (nothing, (*WIDTH, "--for", "vllm"), 2, ("--for", "llama.cpp", "mlx")),
+        (nothing, (*WIDTH, "--for", "tensorrt"), 2, ("--for", "llama.cpp", "mlx")),
         (nothing, (*WIDTH, "--pad-to", "0"), 2, ("--pad-to is 0", "between 1 and 4096")),
         (nothing, (*WIDTH, "--pad-to", "8", "--format", "orbax"), 2, ("--pad-to 8 has no effect",)),
         (nothing, (*WIDTH, "--target-type", "F16"), 2, ("--target-type says what files --target-bytes is of",)),

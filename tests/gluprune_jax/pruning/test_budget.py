@@ -135,7 +135,7 @@ def test_an_allocation_keeps_within_the_parameters(model: Path) -> None:
             r"`target_parameters` is 5,000,000,000, and the model has 1,296,128; ask for less",
         ),
         ({"target_bytes": "1kB"}, r"`target_bytes` is 1.00 kB; the smallest possible is .* kB, with `width` 1"),
-        ({"target_bytes": "1.2MB", "runtime": "vllm"}, "`runtime` is 'vllm'; choose from llama.cpp, mlx"),
+        ({"target_bytes": "1.2MB", "runtime": "tensorrt"}, "`runtime` is 'tensorrt'; choose from llama.cpp, mlx"),
         ({"target_bytes": "1.2MB", "target_type": "Q3_K"}, "`target_type` is Q3_K; choose from hf, orbax, F32"),
         ({"target_type": "Q8_0", "width": 5}, "say what files `target_bytes` is of"),
         ({"target_parameters": "600k", "width": 5}, "one target is given alone: `prune_percent` or"),

@@ -297,8 +297,8 @@ def test_runtimes_say_what_widths_are_rounded_to() -> None:
     assert width_rounding(None, 8) == {"multiple_of": 8}
     assert width_rounding("llama.cpp") == {"multiple_of": 256, "rounding": "nearest"}
     assert all(256 % multiple == 0 for multiple in RUNTIMES.values()), "the docs say that 256 suits all of them"
-    with pytest.raises(RequestError, match=r"`runtime` is 'vllm'; choose from llama\.cpp, mlx"):
-        width_rounding("vllm")
+    with pytest.raises(RequestError, match=r"`runtime` is 'tensorrt'; choose from llama\.cpp, mlx"):
+        width_rounding("tensorrt")
     with pytest.raises(RequestError, match="nearest multiple of 64, and `multiple_of` is 8; give one of them"):
         width_rounding("mlx", 8)
 
