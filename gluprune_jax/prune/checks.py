@@ -217,7 +217,7 @@ def check_mixture_request(request: PruneRequest) -> None:
         "--pad-to": request.pad_to != 1,
         "--target-parameters": request.target_parameters is not None,
         "--target-bytes": request.target_bytes is not None,
-        **{f"--format {name}": name in formats_of(request) for name in FORMATS if name != "hf"},
+        "--format orbax": "orbax" in formats_of(request),
         "--no-stream": request.stream is False,
         "--mesh": request.devices.mesh != "auto",
         "--device-memory": request.devices.device_memory is not None,
@@ -228,7 +228,7 @@ def check_mixture_request(request: PruneRequest) -> None:
             f"{' and '.join(flags[:3])} cannot be given for {request.model}: a mixture of experts is pruned from file "
             f"to file, without running it, all experts to one width; possible are criteria of weights alone "
             f"({', '.join(WEIGHT_CRITERIA)}, random), --prune-percent, --expansion-ratio, --width, --multiple-of, "
-            f"--for, --plan, and --format hf"
+            f"--for, --plan, and --format hf or gguf"
         )
 
 

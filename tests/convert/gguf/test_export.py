@@ -23,7 +23,7 @@ import convert
 from convert.__main__ import main
 from convert.gguf import file_writer
 from convert.huggingface.safetensors import TensorReader
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.errors import OperationError
 from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.prune import main as prune
 
@@ -190,15 +190,19 @@ def test_what_has_no_form_is_refused_before_anything_is_pruned(model: Path, caps
     assert os.listdir() == ["model"]
 
 
-def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path, capsys: Capture) -> None:
+def test_a_mixture_that_llama_cpp_cannot_express_is_refused_before_anything_is_pruned(
+    tmp_path: Path, capsys: Capture
+) -> None:
     folder = write_mixture(tmp_path / "mixture", MIXTURES["olmoe"])
-    status, _, err = run(prune, capsys, "--model", folder, "--width", 8, "--output", tmp_path / "out.gguf")
+    argv = ("--model", folder, "--width", 8, "--output")
+    status, _, err = run(prune, capsys, *argv, tmp_path / "out.gguf")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "llama.cpp's architecture 'olmoe' cannot express clip_qkv = 0.7" in err
+    assert err.endswith("; write --format hf\n")
+    status, _, err = run(prune, capsys, *argv, tmp_path / "out", "--format", "orbax")
     assert status == 2
-    assert f"--format gguf cannot be given for {folder}: a mixture of experts" in err
-    mixture = convert.open_mixture(folder)
-    assert mixture is not None
-    with pytest.raises(RequestError, match=r"^`format` gguf is written of dense models, and .*mixture is a mixture of"):
-        convert.save(mixture, tmp_path / "out.gguf", formats=["gguf"])
+    assert f"--format orbax cannot be given for {folder}: a mixture of experts" in err
+    assert os.listdir(tmp_path) == ["mixture"]
 
 
 def test_weights_that_are_not_finite(tmp_path: Path, capsys: Capture) -> None:
