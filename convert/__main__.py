@@ -15,7 +15,7 @@ from gluprune_jax.errors import RequestError
 from gluprune_jax.files.object_store import Folder, folder_at
 
 if TYPE_CHECKING:
-    from convert.gguf.writer import Widths
+    from convert.gguf.widths import Widths
     from gluprune_jax.memory.mesh_choice import MeshRequest
 
 DESCRIPTION = """\

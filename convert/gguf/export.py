@@ -13,7 +13,8 @@ from convert.checkpoint import Checkpoint
 from convert.gguf.config import HISTORY
 from convert.gguf.quantize import check_quantizer
 from convert.gguf.tokenizer_writer import tokenizer_fields
-from convert.gguf.writer import GGUFPlan, Widths, plan_gguf, plan_gguf_mixture
+from convert.gguf.widths import Widths
+from convert.gguf.writer import GGUFPlan, plan_gguf, plan_gguf_mixture
 from convert.huggingface.mixture import MixtureCheckpoint
 from convert.huggingface.mixture_config import as_dense
 from convert.model_card import hub_base_model

@@ -9,7 +9,7 @@ import functools
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import ml_dtypes
@@ -25,6 +25,7 @@ from convert.families.llama_cpp import is_own_yarn, main_rope
 from convert.families.names import TensorName, file_shape, grouped, is_router, tensor_names
 from convert.gguf.config import write_metadata, write_mixture_metadata
 from convert.gguf.file_writer import tensor_bytes, write_file
+from convert.gguf.widths import BLOCK, WIDTHS, Widths, choose_widths
 from convert.huggingface.mixture import MixtureCheckpoint
 from convert.huggingface.mixture_config import as_dense
 from convert.huggingface.safetensors import read_ahead
@@ -34,12 +35,6 @@ from gluprune_jax.models.config import ModelConfig, YarnRope
 from gluprune_jax.models.parameters import parameters_of
 
 TYPES: Mapping[str, GGMLType] = {kind.name: kind for kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0)}
-WIDTHS = ("per-layer", "uniform")
-# What rows of quantised types, and so widths, must be divided by. Of no other multiple are layers of different widths
-# smaller in llama.cpp: what does not divide stays in F16.
-BLOCK = 32
-
-Widths = Literal["per-layer", "uniform"]
 _DTYPES: Mapping[GGMLType, np.dtype[Any]] = {
     GGMLType.F32: np.dtype(np.float32),
     GGMLType.F16: np.dtype(np.float16),
@@ -197,37 +192,6 @@ def _plan(
     return GGUFPlan(table, widths, fields, tensors, parts, table.divisors(config), tuple(notes))
 
 
-def choose_widths(
-    table: GGUFTable, config: ModelConfig, wanted: Widths | None, multiple: int | None
-) -> tuple[GGUFTable, tuple[int, ...], list[str]]:
-    """The table of the architecture that a model is written under, the width of each layer there, and notes.
-
-    Args:
-      table: of the model's family.
-      config: of the model.
-      wanted: as `gguf_widths` of `plan_gguf`.
-      multiple: as its `width_multiple`.
-
-    Raises:
-      RequestError: widths of layers that cannot be written as they are.
-    """
-    sizes, why_not = config.intermediate_sizes, _why_not_per_layer(table, config)
-    if wanted == "per-layer" and why_not:
-        raise RequestError(
-            f"layers of different widths cannot be written as they are: {why_not}; give `gguf_widths` uniform"
-        )
-    widths = _rounded(sizes, multiple or (1 if len(set(sizes)) == 1 else BLOCK))
-    if len(set(widths)) == 1:
-        return table, widths, []
-    if wanted != "uniform" and table.per_layer and not why_not:
-        return table.per_layer, widths, []
-    reason = f" ({why_not})" if why_not else ""
-    note = (
-        f"layers of {min(sizes)} to {max(sizes)} neurons were all filled up to {max(widths)} with zero neurons{reason}"
-    )
-    return table, (max(widths),) * len(widths), [note]
-
-
 def write_gguf(
     checkpoint: Checkpoint | MixtureCheckpoint,
     plan: GGUFPlan,
@@ -261,19 +225,6 @@ def write_gguf(
 
 
 # -------------------------------------------------------------------------------------------------------- choices
-
-
-def _rounded(sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
-    return tuple(-(-size // multiple) * multiple for size in sizes)
-
-
-def _why_not_per_layer(table: GGUFTable, config: ModelConfig) -> str | None:
-    if table.per_layer is None:
-        return f"llama.cpp's architecture {table.architecture!r} has one width for all layers"
-    name = table.per_layer.architecture
-    if any(layer.window is not None for layer in config.attention):
-        return f"llama.cpp's architecture {name!r} has no windows"
-    return None
 
 
 def _type_of(dtype: np.dtype[Any], shape: Sequence[int], wanted: str | None) -> GGMLType:

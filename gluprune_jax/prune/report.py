@@ -19,7 +19,8 @@ from convert.gguf.sizes import (
     tensor_bytes,
     with_width,
 )
-from convert.gguf.writer import choose_widths, plan_gguf_mixture
+from convert.gguf.widths import choose_widths
+from convert.gguf.writer import plan_gguf_mixture
 from convert.huggingface.push import push_to_hub
 from gluprune_jax.cli import terminal
 from gluprune_jax.cli.report import FORMAT_NAMES, show

@@ -361,6 +361,13 @@ def _target_within(
     """The width that --target-parameters or --target-bytes means, if one of them is given; `others` names layers."""
     if request.target_parameters is None and request.target_bytes is None:
         return {}
+    from_folder, target_type = "gguf" not in formats_of(request), request.target_type or "hf"
+    is_padded = request.target_bytes is not None and target_type != "orbax" and (from_folder or target_type == "hf")
+    if is_padded and request.allocation != "uniform" and not request.json:
+        terminal.note(
+            "a Hugging Face folder has one width for all layers, so that --target-bytes counts them padded to the "
+            "widest; --target-type orbax counts true widths, and so do types of GGUF files where --format is gguf"
+        )
     layers, dropped = others.get("layers"), others.get("drop_layers", ())
     if count := others.get("drop_least", 0):  # which layers go does not matter here, only how many
         free = [i for i in range(checkpoint.config.num_hidden_layers) if i not in (layers or ())]
@@ -369,9 +376,15 @@ def _target_within(
         checkpoint.config,
         target_parameters=request.target_parameters,
         target_bytes=request.target_bytes,
-        file_size=checkpoint.file_size(request.target_type or "hf", request.pad_to),
+        file_size=checkpoint.file_size(
+            target_type,
+            request.pad_to,
+            from_folder=from_folder,
+            gguf_widths=request.gguf_widths,
+        ),
         multiple_of=multiple_of,
         pad_to=request.pad_to,
         layers=layers,
         drop_layers=dropped,
+        allocation=request.allocation,
     )

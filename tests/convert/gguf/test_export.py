@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,49 @@ def test_layers_of_different_widths(capsys: Capture) -> None:
     assert f"note: layers of {min(widths)} to {max(widths)} neurons were all filled up to {max(stored)} with" in err
     assert field("uniform.gguf", "llama.feed_forward_length") == max(stored)
     assert weights("uniform.gguf") == weights("hf")
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("allocation", "method"),
+    [
+        ("global", ()),
+        ("measured", ()),
+        ("global", ("--criterion", "wanda", "--sequential", "--compensate", "least-squares")),
+    ],
+)
+def test_an_allocation_within_a_number_of_bytes(capsys: Capture, allocation: str, method: Sequence[str]) -> None:
+    config = hf_config(vocab_size=VOCABULARY, intermediate_size=160)
+    tensors = hf_tensors(config)
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= np.linspace(0.1, 1, 160, dtype=np.float32)[:, None]
+    write_folder(Path("model"), config, tensors)
+    Path("text.txt").write_text("the cat sat on the mat, and the dog lay on the rug. " * 40)
+    argv: list[object] = ["--model", "model", "--allocation", allocation, *method, "--overwrite"]
+    if allocation == "measured" or method:
+        argv += ["--calibration-data", "text.txt", "--sequence-length", 16]
+    whole = Path("dense.gguf")
+    assert run(main, capsys, "model", whole, "--gguf-type", "F16")[0] == 0
+    most = whole.stat().st_size * 8 // 10
+    asked = ("--target-bytes", most, "--target-type", "F16", "--gguf-type", "F16", "--output", "out.gguf")
+    found = report(prune, capsys, *argv, *asked)
+    assert 0.9 * most < Path("out.gguf").stat().st_size <= most
+    assert len(set(found["after"]["intermediate_sizes"])) > 1
+    assert found["plan"]["request"]["allocation"]["method"] == allocation
+    if allocation == "global":  # costs are measured at the share without an allocation, which the limit alone says
+        argv += ["--width", found["plan"]["request"]["width"]]
+        assert report(prune, capsys, *argv, "--output", "2.gguf")["plan"] == found["plan"]
+        del argv[-2:]
+    # A folder holds zeros up to the widest layer, which is said.
+    dense = found["before"]["bytes"]
+    status, _, err = run(prune, capsys, *argv, "--target-bytes", dense * 9 // 10, "--output", "hf")
+    assert status == 0, err
+    assert "--target-bytes counts them padded to the widest; --target-type orbax counts true widths" in err
+    stored = sum(array.nbytes for array in load_file("hf/model.safetensors").values())
+    assert dense * 8 // 10 < stored <= dense * 9 // 10
+    status, _, err = run(prune, capsys, *argv, "--target-bytes", dense // 2, "--output", "hf", "--min-keep", "0.6")
+    assert (status, err.count("error")) == (2, 1)
+    assert "; the smallest possible is " in err
+    assert err.endswith(" and this allocation\n")
 
 
 def test_the_base_model_on_the_hub(model: Path) -> None:
