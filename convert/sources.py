@@ -169,7 +169,7 @@ def _dtype_named(dtype: str | None) -> np.dtype[Any] | None:
 def loaded_whole(model: str) -> str | None:
     """What a model is whose weights cannot stay in their files until each is asked for; None if they can."""
     kind = _kind_of(model)
-    return None if kind is None else kind.loaded_whole
+    return None if kind is None or is_local_mixture(model) else kind.loaded_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,8 +175,13 @@ def as_dense(config: MixtureConfig, sizes: MixtureSizes) -> ModelConfig:
 
 
 def used_experts(config: MixtureConfig) -> int:
-    """How many experts each token goes to."""
-    return integer({**config.mixture.family.defaults, **config.data}, "num_experts_per_tok", "config.json")
+    """How many experts each token goes to.
+
+    Raises:
+      RequestError: none, or more than there are.
+    """
+    known = {**config.mixture.family.defaults, **config.data}
+    return integer(known, "num_experts_per_tok", "config.json", most=max(config.sizes.experts))
 
 
 def write_mixture_config(config: MixtureConfig, sizes: MixtureSizes, dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from commands import report, run
 from gguf import GGMLQuantizationType as GGMLType
+from gguf_files import write_gguf
 from gguf_mixtures import SMALL, stacked
 from merging_tokenizer import VOCABULARY, write_tiny
 from numpy.typing import NDArray
@@ -230,6 +231,27 @@ def test_tensors_that_are_missing_or_damaged(tmp_path: Path) -> None:
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_more_experts_for_a_token_than_there_are(tmp_path: Path) -> None:
+    checkpoint = opened(write_mixture(tmp_path / "hf", SMALL["mixtral"] | {"num_experts_per_tok": 7}))
+    with pytest.raises(RequestError, match="has num_experts_per_tok = 7; it must be a whole number from 1 to 6"):
+        export(checkpoint, tmp_path / "out.gguf")
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    config = SMALL["mixtral"]
+    tensors = tensors_of(config)
+    fields = {**gguf_mixtures.metadata(config), "tokenizer.ggml.model": "no_vocab"}
+    write_gguf(tmp_path / "model.gguf", fields, stacked(config, tensors), split_after=8)
+    first, *others = sorted(tmp_path.glob("*.gguf"))
+    assert len(others) == 4
+    checkpoint = opened(first)
+    for tensor, values in tensors.items():
+        np.testing.assert_array_equal(checkpoint.values(tensor), values, err_msg=tensor)
+    others[-1].write_bytes(others[-1].read_bytes()[:-64])
+    with pytest.raises(OperationError, match=f"{first}: file 5 of 5, {others[-1].name}: .*cut short"):
+        convert.open_mixture(first)
+
+
 def test_it_is_not_loaded_to_run(tmp_path: Path) -> None:
     path = gguf_mixtures.write(tmp_path / "model.gguf", SMALL["mixtral"], tensors_of(SMALL["mixtral"]))
     for load in (convert.load, convert.describe):
@@ -247,8 +269,9 @@ def test_pruning_a_file_gives_what_pruning_the_folder_gives(name: str, tmp_path:
     folder = write_mixture(tmp_path / "hf", SMALL[name])
     path = export(opened(folder), tmp_path / "model.gguf")
     plans, reports = [], []
-    for model, out in ((folder, "a"), (path, "b")):
+    for model, out in ((folder, "a"), (path, "b")):  # both stay in their files, also where that is asked for
         argv = ("--model", model, "--width", 16, "--format", "hf,gguf", "--output", tmp_path / out)
+        assert run(prune, capsys, *argv, "--stream", "--dry-run")[0] == 0
         reports.append(report(prune, capsys, *argv))
         plans.append(PruningPlan.load(tmp_path / out / "gluprune_plan.json"))
     assert [kept.tolist() for kept in plans[0].kept] == [kept.tolist() for kept in plans[1].kept]
