@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import convert
 from gluprune_jax.cli import options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
+from gluprune_jax.errors import RequestError
 from gluprune_jax.files.object_store import Folder, folder_at
 
 if TYPE_CHECKING:
-    from convert.gguf.writer import Widths
+    from convert.gguf.widths import Widths
     from gluprune_jax.memory.mesh_choice import MeshRequest
 
 DESCRIPTION = """\
@@ -92,6 +93,7 @@ def _convert(request: ConvertRequest) -> None:
     from convert.gguf.export import gguf_options  # here: help and a refused argument need no JAX
     from convert.huggingface.push import check_options, check_push, push_to_hub
     from convert.output import check_format, check_not_own_folder, check_padding, check_target, parse_formats
+    from convert.store import load_or_open
     from gluprune_jax.memory.mesh_choice import mesh_chooser
     from gluprune_jax.memory.plan import Pruning
     from gluprune_jax.parallel.distributed import is_main, synchronize_errors
@@ -108,7 +110,7 @@ def _convert(request: ConvertRequest) -> None:
             if request.push_to_hub:
                 check_push(request.push_to_hub, private=request.private, overwrite=request.overwrite)
     with terminal.byte_progress() as progress:
-        checkpoint = convert.load(
+        checkpoint = load_or_open(
             request.model,
             dtype=request.dtype,
             revision=request.revision,
@@ -116,6 +118,11 @@ def _convert(request: ConvertRequest) -> None:
             mesh=mesh_chooser(request.devices, [Pruning()]),
             progress=progress,
         )
+        if isinstance(checkpoint, convert.MixtureCheckpoint):
+            _check_one_process(request)
+            parameters = checkpoint.sizes.num_parameters
+        else:
+            parameters = checkpoint.config.num_parameters
         notes = convert.save(
             checkpoint,
             request.output,
@@ -139,7 +146,7 @@ def _convert(request: ConvertRequest) -> None:
             "model": request.model,
             "output": str(request.output),
             "formats": formats,
-            "parameters": checkpoint.config.num_parameters,
+            "parameters": parameters,
             "notes": [*checkpoint.notes, *notes],
         }
         if request.push_to_hub:
@@ -148,9 +155,23 @@ def _convert(request: ConvertRequest) -> None:
         return
     for note in (*checkpoint.notes, *notes):
         terminal.note(note)
-    print(f"wrote {' and '.join(formats)} to {request.output}: {checkpoint.config.num_parameters:,} parameters")
+    print(f"wrote {' and '.join(formats)} to {request.output}: {parameters:,} parameters")
     if request.push_to_hub:
         print(f"uploaded to https://huggingface.co/{request.push_to_hub}")
+
+
+def _check_one_process(request: ConvertRequest) -> None:
+    """Refuses options of a model that lies on devices, of a mixture of experts."""
+    given = {
+        "--mesh": request.devices.mesh != "auto",
+        "--device-memory": request.devices.device_memory is not None,
+        "--distributed": request.distributed,
+    }
+    if flags := [flag for flag, is_given in given.items() if is_given]:
+        raise RequestError(
+            f"{' and '.join(flags)} cannot be given for {request.model}: a mixture of experts is converted from file "
+            f"to file by one process; leave it out"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,9 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, MeshChoice, Progress
 from convert.demo import DEMOS, demo_path
-from convert.gguf.reader import open_gguf
+from convert.gguf.config import find_mixture
+from convert.gguf.file import read_header
+from convert.gguf.reader import open_gguf, open_gguf_mixture
 from convert.huggingface.folder import HuggingFaceSource, open_huggingface, read_config_file
 from convert.huggingface.hub import hub_snapshot, looks_like_hub_id
 from convert.huggingface.mixture import MixtureCheckpoint, open_mixture_folder
@@ -82,13 +85,26 @@ def open_source(name: str | Path, dtype: str | None = None, revision: str | None
     return kind.open(name, cast_to, revision)
 
 
+def open_any(name: str | Path, dtype: str | None = None, revision: str | None = None) -> Source | MixtureCheckpoint:
+    """As `open_source`; a mixture of experts is opened as `open_mixture` does.
+
+    Raises:
+      RequestError, OperationError: as they do.
+    """
+    name, cast_to = str(name), _dtype_named(dtype)
+    if _kind_of(name) is not _HUB_ID:
+        return open_mixture(name, dtype=dtype, revision=revision) or open_source(name, dtype, revision)
+    folder = hub_snapshot(name, revision)  # once: the next call may give another commit
+    return open_mixture_folder(folder, name, cast_to) if _holds_mixture(folder) else _in_snapshot(folder, name, cast_to)
+
+
 def open_mixture(
     name: str | Path, *, dtype: str | None = None, revision: str | None = None
 ) -> MixtureCheckpoint | None:
     """Opens a mixture of experts, whose weights stay in their files: it can be scored, pruned and saved, and not run.
 
     Args:
-      name: a Hugging Face folder or hub id.
+      name: a Hugging Face folder, a hub id or a GGUF file.
       dtype: as for `open_source`.
       revision: as for `open_source`.
 
@@ -103,16 +119,38 @@ def open_mixture(
     kind = _kind_of(name)
     if kind is _HUB_ID:
         folder = hub_snapshot(name, revision)
-    elif kind is _FOLDER and revision is None:
-        folder = _path(name)
-    else:
+        return open_mixture_folder(folder, name, cast_to) if _holds_mixture(folder) else None
+    if revision is not None or not is_local_mixture(name):
         return None
-    return open_mixture_folder(folder, name, cast_to) if _holds_mixture(folder) else None
+    if kind is _FOLDER:
+        return open_mixture_folder(_path(name), name, cast_to)
+    return open_gguf_mixture(_gguf_file(name), name, cast_to)
 
 
-def is_mixture_folder(name: str) -> bool:
-    """Whether a name stands for a folder with a mixture of experts."""
-    return _kind_of(name) is _FOLDER and _holds_mixture(_path(name))
+def is_local_mixture(name: str) -> bool:
+    """Whether a name stands for a folder or GGUF file with a mixture of experts."""
+    kind = _kind_of(name)
+    if kind in (_GGUF, _GGUF_FOLDER):
+        return _holds_gguf_mixture(_gguf_file(name))
+    return kind is _FOLDER and _holds_mixture(_path(name))
+
+
+def _gguf_file(name: str) -> Path:
+    path = _path(name)
+    return path / GGUF_FILE if path.is_dir() else path
+
+
+def _holds_gguf_mixture(file: Path) -> bool:
+    try:
+        return _says_mixture(file, file.stat().st_mtime_ns)
+    except (GlupruneError, OSError):  # as below
+        return False
+
+
+@functools.lru_cache(maxsize=1)
+def _says_mixture(file: Path, modified: int) -> bool:
+    # Commands ask twice, and a large vocabulary takes half a second.
+    return find_mixture(read_header(file).fields) is not None
 
 
 def _holds_mixture(folder: Path) -> bool:
@@ -131,7 +169,7 @@ def _dtype_named(dtype: str | None) -> np.dtype[Any] | None:
 def loaded_whole(model: str) -> str | None:
     """What a model is whose weights cannot stay in their files until each is asked for; None if they can."""
     kind = _kind_of(model)
-    return None if kind is None else kind.loaded_whole
+    return None if kind is None or is_local_mixture(model) else kind.loaded_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +203,11 @@ def _open_demo(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> 
 
 
 def _open_gguf(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
-    return open_gguf(_path(name), None, dtype)
+    return open_gguf(_gguf_file(name), None, dtype)
 
 
 def _open_gguf_folder(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
-    return open_gguf(_path(name) / GGUF_FILE, name, dtype)
+    return open_gguf(_gguf_file(name), name, dtype)
 
 
 def _not_gguf(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
@@ -204,7 +242,10 @@ def _open_folder(name: str, dtype: np.dtype[Any] | None, revision: str | None) -
 
 
 def _open_hub_id(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
-    folder = hub_snapshot(name, revision)
+    return _in_snapshot(hub_snapshot(name, revision), name, dtype)
+
+
+def _in_snapshot(folder: Path, name: str, dtype: np.dtype[Any] | None) -> Source:
     return HuggingFaceSource(open_huggingface(folder, name, dtype), revision=folder.name)  # named for the commit
 
 
@@ -228,6 +269,8 @@ def _is_gguf_folder(name: str) -> bool:
     return (_path(name) / GGUF_FILE).is_file() and not any(_path(name).glob("*.safetensors"))
 
 
+_GGUF = _Kind(lambda name: _path(name).is_file() and _path(name).suffix == ".gguf", _open_gguf, "a GGUF file")
+_GGUF_FOLDER = _Kind(_is_gguf_folder, _open_gguf_folder, "a GGUF file")
 _HUB_ID = _Kind(looks_like_hub_id, _open_hub_id)
 _FOLDER = _Kind(lambda name: _path(name).is_dir(), _open_folder)
 
@@ -235,10 +278,10 @@ _FOLDER = _Kind(lambda name: _path(name).is_dir(), _open_folder)
 _KINDS = (
     _Kind(lambda name: in_store(folder_at(name)), _open_in_store, "an Orbax checkpoint"),
     _Kind(lambda name: name in DEMOS, _open_demo, "a GGUF file"),
-    _Kind(lambda name: _path(name).is_file() and _path(name).suffix == ".gguf", _open_gguf, "a GGUF file"),
+    _GGUF,
     _Kind(lambda name: _path(name).is_file(), _not_gguf),
     _Kind(_is_orbax, _open_orbax, "an Orbax checkpoint"),
-    _Kind(_is_gguf_folder, _open_gguf_folder, "a GGUF file"),
+    _GGUF_FOLDER,
     _FOLDER,
     _HUB_ID,
 )

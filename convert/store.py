@@ -31,7 +31,7 @@ from convert.output import (
     staged_gguf,
     staged_model,
 )
-from convert.sources import open_source
+from convert.sources import Source, open_any, open_source
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.object_store import Folder, folder_at, in_store
 from gluprune_jax.models.decoder import Decoder
@@ -70,12 +70,36 @@ def load(
       RequestError: no such model, or one of a family, dtype or format that is not supported.
       OperationError: damaged files, tensors missing or too many, NaN or Inf weights, no network.
     """
-    together = synchronize_errors if mesh else contextlib.nullcontext
-    with together():  # by itself: Orbax makes processes wait for each other while it loads
+    with _together(mesh):  # by itself: Orbax makes processes wait for each other while it loads
         source = open_source(name, dtype, revision)
+    return _loaded(source, name, stream, progress, mesh)
+
+
+def load_or_open(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    stream: bool = False,
+    progress: Progress | None = None,
+    mesh: MeshChoice | None = None,
+) -> Checkpoint | MixtureCheckpoint:
+    """As `load`; a mixture of experts stays in its files, whatever `stream` and `mesh` say (see `open_mixture`)."""
+    with _together(mesh):
+        source = open_any(name, dtype, revision)
+    return source if isinstance(source, MixtureCheckpoint) else _loaded(source, name, stream, progress, mesh)
+
+
+def _together(mesh: MeshChoice | None) -> contextlib.AbstractContextManager[None]:
+    return synchronize_errors() if mesh else contextlib.nullcontext()
+
+
+def _loaded(
+    source: Source, name: str | Path, stream: bool, progress: Progress | None, mesh: MeshChoice | None
+) -> Checkpoint:
     if mesh:
         check_same(f"the model {name}", [source.identity.encode(errors="backslashreplace")])
-    with together():
+    with _together(mesh):
         streamed = source.stream() if stream else None
         return source.load(progress, mesh) if streamed is None else streamed
 
@@ -124,16 +148,15 @@ def save(
     Raises:
       RequestError: an unknown format, or one that is not written there; `output` exists (and is not a model folder, or
         `overwrite` is false); with several processes, GGUF, or Orbax of a model on one device or into a folder that
-        they do not share; GGUF of a model that llama.cpp has no architecture or no form of its tokenizer for; Orbax,
-        GGUF or padding of a mixture of experts; a `pad_to` that is none, or for Orbax alone.
+        they do not share; GGUF of a model that llama.cpp has no architecture or no form of its tokenizer for; Orbax
+        or padding of a mixture of experts; a `pad_to` that is none, or for Orbax alone.
       OperationError: the disk refuses.
     """
     check_padding(pad_to, parse_formats(",".join(formats)))
     if isinstance(checkpoint, MixtureCheckpoint):
         if pad_to != 1:
             raise RequestError("`pad_to` pads no experts: transformers has one width for them; give `multiple_of`")
-        _save_mixture(checkpoint, output, formats, overwrite, extra_files or {}, progress)
-        return ()
+        return _save_mixture(checkpoint, output, formats, overwrite, extra_files or {}, gguf or GGUFOptions(), progress)
     if isinstance(checkpoint, StreamedCheckpoint) and "orbax" in formats:
         checkpoint = checkpoint.load(progress)
     if "orbax" in formats and jax.process_count() > 1 and mesh_of(checkpoint.model) is None:
@@ -212,7 +235,11 @@ def save_pruned(
 
 
 def _write_gguf(
-    checkpoint: Checkpoint, plan: GGUFPlan, path: Path, quantize: str | None, progress: Progress | None
+    checkpoint: Checkpoint | MixtureCheckpoint,
+    plan: GGUFPlan,
+    path: Path,
+    quantize: str | None,
+    progress: Progress | None,
 ) -> None:
     if quantize is None:
         write_gguf(checkpoint, plan, path, progress=progress)
@@ -229,19 +256,30 @@ def _save_mixture(
     formats: Sequence[str],
     overwrite: bool,
     extra_files: Mapping[str, str],
+    gguf: GGUFOptions,
     progress: Progress | None,
-) -> None:
-    if refused := [name for name in formats if name != "hf"]:
+) -> tuple[str, ...]:
+    if "orbax" in formats:
         raise RequestError(
-            f"`format` {refused[0]} is written of dense models, and {checkpoint.source} is a mixture of experts; give "
-            f"`format` hf"
+            f"`format` orbax is written of dense models, and {checkpoint.source} is a mixture of experts; give "
+            f"`format` hf or gguf"
         )
     check_format(output, formats)
+    plan = prepare_gguf(checkpoint, gguf) if "gguf" in formats else None
+    if plan is not None and is_gguf_file(output):
+        with staged_gguf(Path(output), overwrite=overwrite) as file:
+            _write_gguf(checkpoint, plan, file, gguf.quantize, progress)
+        return plan.notes
     with shared_stage(folder_at(output), overwrite=overwrite, all_write=False) as folder:
         if is_main():
-            checkpoint.write(folder, progress)
+            if "hf" in formats:
+                checkpoint.write_weights(folder, progress, checkpoint.values)
+            checkpoint.write_assets(folder)
+            if plan is not None:
+                _write_gguf(checkpoint, plan, folder / GGUF_FILE, gguf.quantize, progress)
             for name, text in extra_files.items():
                 (folder / name).write_bytes(text.encode())
+    return () if plan is None else plan.notes
 
 
 def _write_orbax(checkpoint: Checkpoint, folder: Folder, progress: Progress | None) -> None:

@@ -176,7 +176,7 @@ class Family:
         where the class of `transformers` has another default.
       tensors: its tensors, in the order of the forward pass.
       gguf: its GGUF table. Where llama.cpp knows several families under one name, they share it. None of
-        mixtures of experts, which are neither read from nor written to GGUF files.
+        mixtures of experts, whose table stands in `mixtures.Mixture`.
       keys: the key in `config.json` of each field of `ModelConfig` that is a plain number or flag, by field.
       widths: the key of the intermediate size, and others that an export gives the same value.
       fields: fields of `ModelConfig` that are the same in all models of it.

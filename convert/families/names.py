@@ -5,7 +5,7 @@ The rows stand in the tables of the families; here they meet a config, and names
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from convert.families.family import Family, TensorRow
@@ -47,7 +47,7 @@ class TensorName:
     Attributes:
       path: where it stands in the model's state, such as `("layers", 3, "mlp", "gate_proj")`.
       hf: its name in Hugging Face files. Tensors with the same one lie one under the other in it (`grouped`).
-      gguf: its name in GGUF files, as `hf`.
+      gguf: its name in GGUF files, as `hf`; experts are stacked there.
       shape: its logical shape in Hugging Face files, or of its part of one.
       neuron_axis: the axis of `shape` that counts MLP neurons, or None.
     """
@@ -107,6 +107,18 @@ def grouped(names: Iterable[TensorName], file: Literal["hf", "gguf"]) -> dict[st
     for name in names:
         groups.setdefault(getattr(name, file), []).append(name)
     return groups
+
+
+def file_shape(parts: Sequence[TensorName]) -> tuple[int, ...]:
+    """The shape of a tensor of a GGUF file that holds these: one under the other, of experts stacked."""
+    if "experts" in parts[0].path:
+        return (len(parts), *parts[0].shape)
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor of a GGUF file chooses among experts; llama.cpp keeps it in float32 in every type of file."""
+    return name.endswith(".ffn_gate_inp.weight")
 
 
 def is_derived(name: str) -> bool:

@@ -16,16 +16,21 @@ import numpy as np
 
 from convert.families.family import Family, GGUFTable
 from convert.families.llama_cpp import main_rope
+from convert.families.mixtures import COUNTS, GGUF_MIXTURES, Mixture
 from convert.families.registry import FAMILIES, GGUF_TABLES
 from convert.gguf.file import GGUFTensor, printable, read_rows, some
 from convert.gguf.metadata import Metadata
 from convert.gguf.tokenizer import TOKENIZER_KEYS, check_tokenizer_keys
 from convert.huggingface.config import read_config
+from convert.huggingface.mixture_config import MixtureConfig, as_dense, read_mixture_config, used_experts
+from convert.values import integer, shown
 from gluprune_jax.errors import OperationError, RequestError, shortened
 from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.pruning.mixture import MixtureSizes
 
 # Ours: the widths without the zero neurons that layers were padded with, one for each layer.
 TRUE_WIDTHS = "gluprune.feed_forward_length"
+_MEANING = "what the metadata mean"  # of the config that is made of them, in errors
 # Ours: what the model has been through, as JSON.
 HISTORY = "gluprune.history"
 
@@ -82,21 +87,46 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 _INERT = frozenset({"rope.scaling.finetuned"})
 
 
+def find_mixture(fields: Mapping[str, Any]) -> Mixture | None:
+    """The table of the family of mixtures of experts that a file is of; None where it is of none."""
+    name = fields.get("general.architecture")
+    mixture = GGUF_MIXTURES.get(name) if isinstance(name, str) else None
+    return mixture if name not in GGUF_TABLES or fields.get(f"{name}.expert_count") else None
+
+
 def find_table(fields: Mapping[str, Any]) -> GGUFTable:
-    """The table of a file's architecture.
+    """The table of the architecture of a file that holds a dense model.
 
     Raises:
-      RequestError: there is none, or the file is no model, or of another version of the quantised types.
+      RequestError: there is none, or the file is no model, or of another version of the quantised types, or holds a
+        mixture of experts.
     """
+    if mixture := find_mixture(fields):
+        key = f"{mixture.gguf.architecture}.expert_count"
+        raise RequestError(
+            f"{key} is {shortened(fields.get(key))}: a mixture of experts ({mixture.family.name}), which is pruned "
+            f"from file to file by its weights alone (gluprune prune, or convert.open_mixture), converted (gluprune "
+            f"convert), and not run or trained"
+        )
+    check_model(fields)
+    _, table = GGUF_TABLES[fields["general.architecture"]]
+    return table
+
+
+def check_model(fields: Mapping[str, Any]) -> None:
+    """Refuses files that are no models, or not of an architecture that is known.
+
+    Raises:
+      RequestError: as said, or the quantised types are of another version.
+    """
+    known = [*GGUF_TABLES, *(name for name in GGUF_MIXTURES if name not in GGUF_TABLES)]
     for key, default, accepted, meaning in (
-        ("general.architecture", None, tuple(GGUF_TABLES), ", ".join(map(repr, GGUF_TABLES))),
+        ("general.architecture", None, tuple(known), ", ".join(map(repr, known))),
         ("general.type", "model", ("model",), "'model'"),
         ("general.quantization_version", None, (None, gguf.GGML_QUANT_VERSION), str(gguf.GGML_QUANT_VERSION)),
     ):
         if (value := fields.get(key, default)) not in accepted:
             raise RequestError(f"{key} is {shortened(value)}; accepted: {meaning}")
-    _, table = GGUF_TABLES[fields["general.architecture"]]
-    return table
 
 
 def check_keys(table: GGUFTable, fields: Mapping[str, Any]) -> list[str]:
@@ -106,9 +136,9 @@ def check_keys(table: GGUFTable, fields: Mapping[str, Any]) -> list[str]:
       RequestError: keys that are not understood and could matter.
     """
     prefix, understood, only = f"{table.architecture}.", _understood(table), _only(table)
-    if experts := fields.get(f"{prefix}expert_count"):
+    if (experts := fields.get(f"{prefix}expert_count")) and "expert_count" not in table.keys:
         raise RequestError(
-            f"{prefix}expert_count is {shortened(experts)}: mixtures of experts (Mixtral) are not supported"
+            f"{prefix}expert_count is {shortened(experts)}: mixtures of experts are not supported in this architecture"
         )
     for name, value in fields.items():
         if not name.startswith(prefix):
@@ -174,15 +204,55 @@ def read_metadata(
         widths = _true_widths(fields[TRUE_WIDTHS], own.per_layer("feed_forward_length"))
         own = dataclasses.replace(own, values={**own.values, "feed_forward_length": widths})
     family, _ = GGUF_TABLES[table.architecture]
+    config, rest = read_config(_data(own, table, family, fields, shapes, tied), _MEANING)
+    return FAMILIES[rest["model_type"]], config
+
+
+def read_mixture_metadata(
+    mixture: Mixture,
+    fields: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: bool,
+    vectors: Mapping[str, tuple[float, ...]],
+) -> MixtureConfig:
+    """As `read_metadata`, of a mixture of experts.
+
+    Args:
+      mixture: the table of its family.
+      fields, shapes, tied, vectors: as of `read_metadata`.
+    """
+    own, family = _own(mixture.gguf, fields, shapes, vectors), mixture.family
+    own.same_in_all_layers("feed_forward_length")
+    said = {key: values[0] for key, values in mixture.computed.items() if None not in values}
     data = {
+        **_data(own, mixture.gguf, family, fields, shapes, tied),
+        **dict.fromkeys(COUNTS, own.integer("expert_count")),
+        "num_experts_per_tok": own.integer("expert_used_count"),
+        mixture.width: own.integer(mixture.gguf_width),
+        "hidden_act": "silu",
+        **said,
+    }
+    if "attention_bias" not in mixture.computed:
+        del data["attention_bias"]  # the class knows no such key
+    return read_mixture_config(data, _MEANING)
+
+
+def _data(
+    own: Metadata,
+    table: GGUFTable,
+    family: Family,
+    fields: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: bool,
+) -> dict[str, Any]:
+    """What a `config.json` of the family would say."""
+    return {
         "model_type": family.model_type,
         **_common(own, table),
         "vocab_size": _vocab_size(own, fields, shapes),
         "tie_word_embeddings": tied,
         **table.config(own),
     }
-    config, rest = read_config(data, "what the metadata mean")
-    return FAMILIES[rest["model_type"]], config
 
 
 def stored_widths(table: GGUFTable, fields: Mapping[str, Any], names: Collection[str]) -> tuple[int, ...]:
@@ -294,6 +364,54 @@ def write_metadata(
     Raises:
       RequestError: the architecture cannot express the config; the message names the field.
     """
+    fields = _fields(table, config, widths, {})
+    if tuple(widths) != config.intermediate_sizes:
+        fields[TRUE_WIDTHS] = list(config.intermediate_sizes)
+    _, read = read_metadata(table, fields, shapes, config.tie_word_embeddings, _divisors(table, config))
+    if table.output != "optional":  # there a file's tensors do not say it
+        read = dataclasses.replace(read, tie_word_embeddings=table.output == "never")
+    _refuse_lost(table, _lost(table, read, config))
+    return fields
+
+
+def write_mixture_metadata(
+    config: MixtureConfig, sizes: MixtureSizes, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """As `write_metadata`, of a mixture of experts.
+
+    Args:
+      config: of the mixture.
+      sizes: of its MLPs.
+      shapes: of all tensors of the file, by name.
+
+    Raises:
+      RequestError: the architecture cannot express the config; the message names the field.
+    """
+    mixture, table, dense = config.mixture, config.mixture.gguf, as_dense(config, sizes)
+    known = {**mixture.family.defaults, **config.data}
+    computed = {**mixture.family.only, **mixture.computed}
+    lost = [f"{key} = {shown(known[key])}" for key, of in computed.items() if known.get(key, of[0]) not in of]
+    if 0 in sizes.experts:
+        lost.append(f"mlp_only_layers or decoder_sparse_step (layer {sizes.experts.index(0)} has no experts)")
+    if not mixture.is_grouped and dense.num_key_value_heads != dense.num_attention_heads:
+        lost.append(f"num_key_value_heads = {dense.num_key_value_heads} for {dense.num_attention_heads} heads")
+    _refuse_lost(table, lost)
+    widths = {"feed_forward_length": sizes.expert_size, mixture.gguf_width: sizes.expert_size}
+    if mixture.dense_width is not None:
+        widths["feed_forward_length"] = integer(known, mixture.dense_width, "config.json")
+    counts = {"expert_count": max(sizes.experts), "expert_used_count": used_experts(config)}
+    fields = _fields(table, dense, dense.intermediate_sizes, {**widths, **counts})
+    read = read_mixture_metadata(mixture, fields, shapes, config.tied, _divisors(table, dense))
+    assert read.sizes.experts == sizes.experts
+    again = as_dense(read, read.sizes)
+    if table.output != "optional":
+        again = dataclasses.replace(again, tie_word_embeddings=table.output == "never")
+    _refuse_lost(table, _lost(table, again, dense))
+    return fields
+
+
+def _fields(table: GGUFTable, config: ModelConfig, widths: Sequence[int], further: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an architecture; `further` replaces some."""
     rope = main_rope(config)
     values = {
         "block_count": config.num_hidden_layers,
@@ -309,26 +427,31 @@ def write_metadata(
         **({} if rope is None else {"rope.freq_base": rope.theta}),
         "vocab_size": config.vocab_size,
         **table.metadata(config),
+        **further,
     }
-    fields = {
+    return {
         "general.architecture": table.architecture,
         **{f"{table.architecture}.{key}": value for key, value in values.items()},
     }
-    if tuple(widths) != config.intermediate_sizes:
-        fields[TRUE_WIDTHS] = list(config.intermediate_sizes)
-    vectors = {name: tuple(float(str(np.float32(one))) for one in v) for name, v in table.divisors(config).items()}
-    _, read = read_metadata(table, fields, shapes, config.tie_word_embeddings, vectors)
-    if table.output != "optional":  # there a file's tensors do not say it
-        read = dataclasses.replace(read, tie_word_embeddings=table.output == "never")
+
+
+def _divisors(table: GGUFTable, config: ModelConfig) -> dict[str, tuple[float, ...]]:
+    """The divisors of RoPE frequencies as they are read from a file."""
+    return {name: tuple(float(str(np.float32(one))) for one in v) for name, v in table.divisors(config).items()}
+
+
+def _lost(table: GGUFTable, read: ModelConfig, config: ModelConfig) -> list[str]:
+    """The fields of a config that a file does not keep, of which `read` is what it says."""
     lost = _differing_fields(read, config)
-    if config.output_bias and not table.output_bias:
-        lost.append("output_bias")
+    return [*lost, "output_bias"] if config.output_bias and not table.output_bias else lost
+
+
+def _refuse_lost(table: GGUFTable, lost: Sequence[str]) -> None:
     if lost:
         raise RequestError(
             f"a GGUF file of llama.cpp's architecture {table.architecture!r} cannot express {some(lost)} of this "
             f"model; write `format` hf"
         )
-    return fields
 
 
 def _differing_fields(first: ModelConfig, second: ModelConfig) -> list[str]:

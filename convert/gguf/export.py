@@ -13,11 +13,15 @@ from convert.checkpoint import Checkpoint
 from convert.gguf.config import HISTORY
 from convert.gguf.quantize import check_quantizer
 from convert.gguf.tokenizer_writer import tokenizer_fields
-from convert.gguf.writer import GGUFPlan, Widths, plan_gguf
+from convert.gguf.widths import Widths
+from convert.gguf.writer import GGUFPlan, plan_gguf, plan_gguf_mixture
+from convert.huggingface.mixture import MixtureCheckpoint
+from convert.huggingface.mixture_config import as_dense
 from convert.model_card import hub_base_model
 from convert.output import GGUF_FILE, is_gguf_file
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.object_store import Folder
+from gluprune_jax.models.parameters import abstract_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +64,14 @@ def gguf_options(
     return GGUFOptions(gguf_type, gguf_widths, quantize)
 
 
-def prepare_gguf(checkpoint: Checkpoint, options: GGUFOptions, pad_to: int = 1) -> GGUFPlan:
+def prepare_gguf(checkpoint: Checkpoint | MixtureCheckpoint, options: GGUFOptions, pad_to: int = 1) -> GGUFPlan:
     """All of a GGUF file but its weights, which are not looked at.
 
     Args:
       checkpoint: the model.
       options: how it is written.
-      pad_to: widths are rounded up to a multiple of this, with neurons of zeros; 1 is 32 where layers differ.
+      pad_to: widths are rounded up to a multiple of this, with neurons of zeros; 1 is 32 where layers differ. Those of
+        experts are not.
 
     Raises:
       RequestError: llama.cpp has no architecture for the model, or no form for its tokenizer; several processes run.
@@ -76,17 +81,34 @@ def prepare_gguf(checkpoint: Checkpoint, options: GGUFOptions, pad_to: int = 1) 
         raise RequestError(
             f"`format` gguf is written by one process, and these are {jax.process_count()}; write hf, and convert that"
         )
-    plan = plan_gguf(checkpoint, options.gguf_type, options.gguf_widths, None if pad_to == 1 else pad_to)
-    tokenizer, notes = tokenizer_fields(checkpoint, plan.table.spaces_stay_behind)
-    fields = {**plan.fields, **_general_fields(checkpoint), **tokenizer}
+    if isinstance(checkpoint, MixtureCheckpoint):
+        plan = plan_gguf_mixture(checkpoint, options.gguf_type, options.gguf_widths)
+        described, parameters = _described(checkpoint), checkpoint.sizes.num_parameters
+    else:
+        plan = plan_gguf(checkpoint, options.gguf_type, options.gguf_widths, None if pad_to == 1 else pad_to)
+        described, parameters = checkpoint, checkpoint.config.num_parameters
+    tokenizer, notes = tokenizer_fields(described, plan.table.spaces_stay_behind)
+    fields = {**plan.fields, **_general_fields(described, parameters), **tokenizer}
     return dataclasses.replace(plan, fields=fields, notes=(*plan.notes, *notes))
 
 
-def _general_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+def _described(mixture: MixtureCheckpoint) -> Checkpoint:
+    """A dense model with all that a mixture has beside its weights, which are shapes alone."""
+    return Checkpoint(
+        model=abstract_model(as_dense(mixture.config, mixture.sizes)),
+        source=mixture.source,
+        hf_config=mixture.config.data,
+        assets=mixture.assets,
+        history=mixture.history,
+        card=mixture.card,
+    )
+
+
+def _general_fields(checkpoint: Checkpoint, parameters: int) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "general.type": "model",
         "general.name": Path(checkpoint.source).name.removesuffix(".gguf"),
-        "general.size_label": _size_label(checkpoint.config.num_parameters),
+        "general.size_label": _size_label(parameters),
     }
     keys = zip(LICENCE_KEYS, ("general.license", "general.license.name", "general.license.link"), strict=True)
     fields |= {key: checkpoint.card[name] for name, key in keys if name in checkpoint.card}

@@ -11,7 +11,7 @@ import itertools
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gguf
@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 from convert import shards
 from convert.card_header import LICENCE_KEYS
@@ -34,10 +35,23 @@ from convert.checkpoint import (
     choose_mesh,
 )
 from convert.families.family import Family, GGUFTable
-from convert.families.names import TensorName, grouped, tensor_names
-from convert.gguf.config import HISTORY, TRUE_WIDTHS, check_keys, find_table, is_tied, read_metadata, stored_widths
+from convert.families.names import TensorName, file_shape, grouped, tensor_names
+from convert.gguf.config import (
+    HISTORY,
+    TRUE_WIDTHS,
+    check_keys,
+    check_model,
+    find_mixture,
+    find_table,
+    is_tied,
+    read_metadata,
+    read_mixture_metadata,
+    stored_widths,
+)
 from convert.gguf.file import GGUFTensor, all_files, place_all_tensors, printable, read_header, read_rows, some
 from convert.gguf.tokenizer import end_token_ids, special_token_ids, tokenizer_assets
+from convert.huggingface.mixture import MixtureCheckpoint
+from convert.huggingface.mixture_config import MixtureConfig
 from convert.shards import aligned_empty
 from gluprune_jax.errors import GlupruneError, OperationError, shortened
 from gluprune_jax.files.records import parse
@@ -133,24 +147,18 @@ class GGUFSource:
         """Reads the weights, tensor by tensor; for the arguments and errors see `read_gguf`."""
         with _naming(self.path):
             chosen, config = choose_mesh(mesh, self.abstract_model)
-            notes = [*self.notes, self._kinds()]
+            notes = [*self.notes, _kinds(self.tensors.values(), self.dtype)]
             arrays = self._read(config, chosen, progress)
-            token_ids = _token_ids(self.fields, config.vocab_size)
-            assets = tokenizer_assets(self.fields, self.table.spaces_stay_behind)
-            history = _history(self.fields)
-        if not assets:
-            notes.append("the file holds no tokenizer")
-        if token_ids:
-            assets["generation_config.json"] = json.dumps(token_ids, indent=2).encode()
+            beside = read_beside(self.fields, self.table, config.vocab_size)
         family = {"model_type": self.family.model_type, "architectures": [self.family.architecture]}
         return Checkpoint(
             model=build_model(config, arrays),
             source=self.name,
-            hf_config={**family, **token_ids},
-            assets=assets,
-            history=history,
-            notes=tuple(notes),
-            card=_licence(self.fields),
+            hf_config={**family, **beside.token_ids},
+            assets=beside.assets,
+            history=beside.history,
+            notes=(*notes, *beside.notes),
+            card=beside.card,
         )
 
     def _read(self, config: ModelConfig, mesh: Mesh | None, progress: Progress | None) -> dict[str, Array]:
@@ -177,20 +185,9 @@ class GGUFSource:
                 progress("reading GGUF", done, total)
         return arrays
 
-    def _kinds(self) -> str:
-        """How the tensors are stored, and what became of them, for the report to the user."""
-        types = Counter({tensor.name: tensor.kind for tensor in self.tensors.values()}.values())
-        counts = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
-        became = ""
-        if self.dtype:
-            became = f", all cast to {self.dtype}"
-        elif not types.keys() <= _PLAIN_TYPES.keys():
-            became = ", the quantised ones now float32"
-        return f"tensors in the file: {counts}{became}"
-
 
 def open_gguf(path: pathlib.Path, name: str | None = None, dtype: np.dtype[Any] | None = None) -> GGUFSource:
-    """Opens a GGUF file; its weights are not read yet, but for tensors that say what the config is.
+    """Opens a GGUF file of a dense model; its weights are not read yet, but for tensors that say what the config is.
 
     Args:
       path: the file; of a model in several, as gguf-split makes them, the first.
@@ -213,7 +210,8 @@ def open_gguf(path: pathlib.Path, name: str | None = None, dtype: np.dtype[Any] 
         widths = stored_widths(table, header.fields, tensors.keys())
         if "output.weight" in tensors and config.tie_word_embeddings and table.output == "optional":
             notes.append("output.weight is identical to token_embd.weight, so the embeddings were taken as tied")
-        parts = _parameters(table, family, dataclasses.replace(config, intermediate_sizes=widths), tensors)
+        names = tensor_names(dataclasses.replace(config, intermediate_sizes=widths), family)
+        parts = _parameters(table, names, config.tie_word_embeddings, tensors)
     return GGUFSource(
         path=path,
         name=str(path) if name is None else name,
@@ -222,10 +220,97 @@ def open_gguf(path: pathlib.Path, name: str | None = None, dtype: np.dtype[Any] 
         config=config,
         widths=widths,
         fields=header.fields,
-        tensors=parts,
+        tensors={name.name: tensor for name, tensor in parts},
         notes=tuple(notes),
         dtype=dtype,
     )
+
+
+def open_gguf_mixture(path: pathlib.Path, name: str, dtype: np.dtype[Any] | None = None) -> MixtureCheckpoint | None:
+    """Opens a GGUF file of a mixture of experts, whose weights stay there until each is asked for.
+
+    Args:
+      path: the file; of a model in several, as gguf-split makes them, the first.
+      name: what the user calls the model.
+      dtype: what every tensor is cast to as it is read; None keeps float32, float16 and bfloat16 tensors bit for bit,
+        and turns quantised ones into float32.
+
+    Returns:
+      The mixture; None where the file holds something else.
+
+    Raises:
+      RequestError: it holds a tensor type, or a mixture, that is not supported.
+      OperationError: the file is damaged, as far as its header shows.
+    """
+    with _naming(path):
+        header = read_header(path)
+        mixture, fields = find_mixture(header.fields), header.fields
+        if mixture is None:
+            return None
+        check_model(fields)
+        table = mixture.gguf
+        tensors = place_all_tensors(all_files(path, fields), header)
+        notes = check_keys(table, fields)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        config = read_mixture_metadata(mixture, fields, shapes, is_tied(table, tensors), {})
+        parts = _parameters(table, config.names, config.tied, tensors)
+        beside = read_beside(fields, table, shapes["token_embd.weight"][0])
+    family = {"model_type": mixture.family.model_type, "architectures": [mixture.family.architecture]}
+    stored = {part.hf: GGUFMatrix(path, tensor, part.shape, _heads(table, config, part)) for part, tensor in parts}
+    return MixtureCheckpoint(
+        config=dataclasses.replace(config, data={**config.data, **family, **beside.token_ids}),
+        stored=stored,
+        sizes=config.sizes,
+        source=name,
+        dtype=dtype,
+        assets=beside.assets,
+        history=beside.history,
+        notes=(*notes, _kinds(tensors.values(), dtype), *beside.notes),
+        card=beside.card,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFMatrix:
+    """One of our tensors in a GGUF file, such as a matrix of one expert (`convert.huggingface.mixture.StoredWeight`).
+
+    Attributes:
+      path: the file; of several the first.
+      tensor: where it lies.
+      shape: its own.
+      heads: of how many heads it holds the rows in llama.cpp's order for RoPE; None where they are in ours.
+    """
+
+    path: pathlib.Path
+    tensor: GGUFTensor
+    shape: tuple[int, ...]
+    heads: int | None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its elements once they are read."""
+        return _dtype(self.tensor.kind)
+
+    @property
+    def where(self) -> str:
+        """File and name, as messages say them."""
+        return f"{self.path}: {self.tensor.name}"
+
+    def read(self) -> NDArray[Any]:
+        """Reads it, dequantised.
+
+        Raises:
+          OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
+        """
+        with _naming(self.path), _naming_part(self.tensor.file, self.path):
+            values = _values(self.tensor, None)
+        if self.heads is not None:
+            values = _undo_permutation(values, self.heads, self.shape[0] // self.heads)
+        return np.ascontiguousarray(values.reshape(self.shape))
+
+
+def _heads(table: GGUFTable, config: MixtureConfig, name: TensorName) -> int | None:
+    return name.shape[0] // config.head_dim if name.path[-1] in table.permuted else None
 
 
 @contextlib.contextmanager
@@ -249,6 +334,45 @@ def _naming_part(part: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What a file holds beside the weights: as of `convert.checkpoint.Checkpoint`.
+
+    Attributes:
+      token_ids: what `config.json` says of special tokens.
+      assets: tokenizer and generation config.
+      history: what the model has been through.
+      notes: one sentence each.
+      card: what it says of the licence.
+    """
+
+    token_ids: Mapping[str, Any]
+    assets: Mapping[str, bytes]
+    history: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+    card: Mapping[str, str]
+
+
+def read_beside(fields: Mapping[str, Any], table: GGUFTable, vocab_size: int) -> Beside:
+    """What a file holds beside the weights.
+
+    Args:
+      fields: the metadata as Python values.
+      table: of its architecture.
+      vocab_size: V.
+
+    Raises:
+      RequestError: a tokenizer that is not supported.
+      OperationError: it is damaged.
+    """
+    token_ids = _token_ids(fields, vocab_size)
+    assets = tokenizer_assets(fields, table.spaces_stay_behind)
+    notes = () if assets else ("the file holds no tokenizer",)
+    if token_ids:
+        assets["generation_config.json"] = json.dumps(token_ids, indent=2).encode()
+    return Beside(token_ids, assets, _history(fields), notes, _licence(fields))
 
 
 def _licence(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -280,19 +404,16 @@ def _token_ids(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _parameters(
-    table: GGUFTable, family: Family, config: ModelConfig, tensors: Mapping[str, GGUFTensor]
-) -> dict[str, GGUFTensor]:
-    """Where our parameters lie, by name: some in a tensor that holds several, one under the other.
+    table: GGUFTable, names: Sequence[TensorName], tied: bool, tensors: Mapping[str, GGUFTensor]
+) -> list[tuple[TensorName, GGUFTensor]]:
+    """Where each of our parameters lies: some in a tensor that holds several.
 
     Raises:
       OperationError: tensors are missing, unexpected or of a wrong shape.
     """
-    names = grouped(tensor_names(config, family), "gguf")
-    expected = {
-        gguf_name: (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) for gguf_name, parts in names.items()
-    }
-    equal_to_embedding = config.tie_word_embeddings and table.output == "optional"
-    optional = {*table.vectors, *(["output.weight"] if equal_to_embedding else [])}
+    groups = grouped(names, "gguf")
+    expected = {gguf_name: file_shape(parts) for gguf_name, parts in groups.items()}
+    optional = {*table.vectors, *(["output.weight"] if tied and table.output == "optional" else [])}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [printable(name) for name in tensors if name not in expected and name not in optional],
@@ -305,17 +426,32 @@ def _parameters(
     found = [f"{problem}: {some(names)}" for problem, names in problems.items() if names]
     if found:
         raise OperationError(f"the tensors do not fit the config; {'; '.join(found)}")
-    return {
-        name: tensor for gguf_name, parts in names.items() for name, tensor in _parts(tensors[gguf_name], parts).items()
-    }
+    return [
+        (name, tensor)
+        for gguf_name, parts in groups.items()
+        for name, tensor in zip(parts, _parts(tensors[gguf_name], parts), strict=True)
+    ]
 
 
-def _parts(tensor: GGUFTensor, names: Sequence[TensorName]) -> dict[str, GGUFTensor]:
-    """Where each of several parameters lies in a tensor that holds all of them, by name."""
-    if len(names) == 1:
-        return {names[0].name: tensor}
+def _parts(tensor: GGUFTensor, names: Sequence[TensorName]) -> list[GGUFTensor]:
+    """Where each of several parameters lies in a tensor that holds all of them, one under the other or stacked."""
+    if len(names) == 1 and len(tensor.shape) < 3:
+        return [tensor]
+    flat = dataclasses.replace(tensor, shape=(tensor.rows, tensor.shape[-1]))
     ends = list(itertools.accumulate(name.shape[0] for name in names))
-    return {name.name: tensor.part(end - name.shape[0], end) for name, end in zip(names, ends, strict=True)}
+    return [flat.part(end - name.shape[0], end) for name, end in zip(names, ends, strict=True)]
+
+
+def _kinds(tensors: Iterable[GGUFTensor], dtype: np.dtype[Any] | None) -> str:
+    """How the tensors are stored, and what becomes of them, for the report to the user."""
+    types = Counter({tensor.name: tensor.kind for tensor in tensors}.values())
+    counts = ", ".join(f"{count} {kind.name}" for kind, count in types.most_common())
+    became = ""
+    if dtype:
+        became = f", all cast to {dtype}"
+    elif not types.keys() <= _PLAIN_TYPES.keys():
+        became = ", the quantised ones now float32"
+    return f"tensors in the file: {counts}{became}"
 
 
 def _offset(table: GGUFTable, tensor: GGUFTensor) -> int:

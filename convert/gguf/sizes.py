@@ -9,13 +9,15 @@ file. The rules are those of `llama-quantize` without an importance matrix, as o
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from convert.families.family import Family
-from convert.families.names import grouped, tensor_names
+from convert.families.names import TensorName, file_shape, grouped, is_router, tensor_names
+from convert.huggingface.mixture_config import MixtureConfig, as_dense
 from gluprune_jax.errors import RequestError, format_bytes
 from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.pruning.mixture import MixtureSizes
 from gluprune_jax.pruning.targets import padded_width
 
 # Values and bytes of a block of each type of a tensor. (Importing `gguf` for them takes most of a second.)
@@ -49,7 +51,10 @@ _MIXED = ("Q5_K_M", "Q4_K_M")  # the M: some matrices of some layers get Q6_K
 # What a row gets that blocks of 256 do not divide.
 _SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _SENSITIVE = ("attn_v.weight", "attn_qkv.weight")
+_DOWN = ("ffn_down.weight", "ffn_down_exps.weight")
 _LAYERS_OF_70B = 80
+# Beside so many experts attention is a small part of a layer, so that finer types cost little there.
+_EXPERTS_OF_MIXTRAL = 8
 _ALIGNMENT = 32
 _HARDLY = 0.02  # a quantised model that is less than so much smaller than the dense one is hardly so
 
@@ -75,6 +80,17 @@ def forecast(config: ModelConfig, family: Family, metadata: int) -> dict[str, in
     return {file_type: metadata + tensor_bytes(config, family, file_type) for file_type in SHOWN}
 
 
+def forecast_mixture(config: MixtureConfig, sizes: MixtureSizes, metadata: int) -> dict[str, int]:
+    """As `forecast`, of a mixture of experts.
+
+    Args:
+      config: of the mixture.
+      sizes: of its MLPs, as the file has them.
+      metadata: the bytes of what is no tensor (`mixture_metadata_bytes`).
+    """
+    return {file_type: metadata + mixture_tensor_bytes(config, sizes, file_type) for file_type in SHOWN}
+
+
 def with_width(config: ModelConfig, width: int) -> ModelConfig:
     """The architecture with one width for all layers, as a Hugging Face folder has it and what is converted from it."""
     return dataclasses.replace(config, intermediate_sizes=(width,) * config.num_hidden_layers, width_multiple=1)
@@ -88,10 +104,25 @@ def tensor_bytes(config: ModelConfig, family: Family, file_type: str) -> int:
       family: its family, which says what tensors there are.
       file_type: one of `FILE_TYPES`.
     """
+    return _bytes_of(tensor_names(config, family), config, file_type)
+
+
+def mixture_tensor_bytes(config: MixtureConfig, sizes: MixtureSizes, file_type: str) -> int:
+    """As `tensor_bytes`, of a mixture of experts.
+
+    Args:
+      config: of the mixture.
+      sizes: of its MLPs, as the file has them.
+      file_type: one of `FILE_TYPES`.
+    """
+    return _bytes_of(config.names_with(sizes), as_dense(config, sizes), file_type, max(sizes.experts))
+
+
+def _bytes_of(names: Iterable[TensorName], config: ModelConfig, file_type: str, experts: int = 0) -> int:
     total = 0
-    for name, parts in grouped(tensor_names(config, family), "gguf").items():
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        kind = tensor_type(name, shape, file_type, config)
+    for name, parts in grouped(names, "gguf").items():
+        shape = file_shape(parts)
+        kind = tensor_type(name, shape, file_type, config, experts)
         total += _aligned(math.prod(shape[:-1]) * row_bytes(kind, shape[-1]))
     return total
 
@@ -102,7 +133,7 @@ def row_bytes(kind: str, length: int) -> int:
     return length // values * nbytes
 
 
-def tensor_type(name: str, shape: Sequence[int], file_type: str, config: ModelConfig) -> str:
+def tensor_type(name: str, shape: Sequence[int], file_type: str, config: ModelConfig, experts: int = 0) -> str:
     """The type that llama.cpp gives a tensor of a file.
 
     Args:
@@ -110,26 +141,33 @@ def tensor_type(name: str, shape: Sequence[int], file_type: str, config: ModelCo
       shape: outermost axis first.
       file_type: one of `FILE_TYPES`.
       config: the architecture of the model.
+      experts: how many a layer has.
     """
     default = FILE_TYPES[file_type]
-    if len(shape) < 2:
-        return "F32"  # norms and biases, always
+    if len(shape) < 2 or is_router(name):
+        return "F32"  # norms, biases and what chooses among experts, always
     if file_type not in _QUANTISED:
         return default
-    return _fitting(_wanted_type(name, shape[-1], file_type, config), shape[-1])
+    return _fitting(_wanted_type(name, shape[-1], file_type, config, experts), shape[-1])
 
 
-def _wanted_type(name: str, length: int, file_type: str, config: ModelConfig) -> str:
+def _wanted_type(name: str, length: int, file_type: str, config: ModelConfig, experts: int) -> str:
     """The type of a matrix as far as its place in the model decides, whatever the length of its rows allows."""
     default, layers = FILE_TYPES[file_type], config.num_hidden_layers
     if name == "output.weight" or (name == "token_embd.weight" and config.tie_word_embeddings):
         fits = length % BLOCKS[default][0] == 0
         return "Q6_K" if fits and default != "Q8_0" else "Q8_0"
-    if file_type not in _MIXED or not name.startswith("blk."):
+    if not name.startswith("blk."):
         return default
     _, layer, tensor = name.split(".", 2)
+    if experts == _EXPERTS_OF_MIXTRAL and tensor in ("attn_k.weight", "attn_v.weight"):
+        return "Q8_0"
+    if experts == _EXPERTS_OF_MIXTRAL and tensor == "attn_output.weight" and file_type == "Q4_K_M":
+        return "Q5_K"
+    if file_type not in _MIXED:
+        return default
     is_sensitive = tensor in _SENSITIVE
-    if (is_sensitive or tensor == "ffn_down.weight") and _gets_more_bits(int(layer), layers):
+    if (is_sensitive or tensor in _DOWN) and _gets_more_bits(int(layer), layers):
         return "Q6_K"
     # Eight heads share each value head of the 70B models, so that better ones cost little.
     return "Q5_K" if is_sensitive and layers == _LAYERS_OF_70B and default == "Q4_K" else default
@@ -162,10 +200,19 @@ def metadata_bytes(config: ModelConfig, family: Family, assets: Mapping[str, byt
       family: its family.
       assets: the files of the tokenizer by name; without any of them, none is counted.
     """
-    names = grouped(tensor_names(config, family), "gguf")
+    return _metadata_bytes(tensor_names(config, family), assets, config.vocab_size)
+
+
+def mixture_metadata_bytes(config: MixtureConfig, assets: Mapping[str, bytes]) -> int:
+    """As `metadata_bytes`, of a mixture of experts."""
+    return _metadata_bytes(config.names, assets, config.names[0].shape[0])
+
+
+def _metadata_bytes(names: Iterable[TensorName], assets: Mapping[str, bytes], vocab_size: int) -> int:
+    shapes = {name: file_shape(parts) for name, parts in grouped(names, "gguf").items()}
     # A name with its length, the number of axes and each of them, the type, the offset.
-    infos = sum(8 + len(name) + 4 + 8 * len(parts[0].shape) + 4 + 8 for name, parts in names.items())
-    return infos + _tokenizer_bytes(assets, config.vocab_size) + len(assets.get("chat_template.jinja", b""))
+    infos = sum(8 + len(name) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
+    return infos + _tokenizer_bytes(assets, vocab_size) + len(assets.get("chat_template.jinja", b""))
 
 
 def _tokenizer_bytes(assets: Mapping[str, bytes], vocab_size: int) -> int:

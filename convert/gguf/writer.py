@@ -9,7 +9,7 @@ import functools
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import ml_dtypes
@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from convert.checkpoint import Checkpoint, Progress, cast, for_file
 from convert.families.family import GGUFTable
 from convert.families.llama_cpp import is_own_yarn, main_rope
-from convert.families.names import TensorName, grouped, tensor_names
-from convert.gguf.config import write_metadata
+from convert.families.names import TensorName, file_shape, grouped, is_router, tensor_names
+from convert.gguf.config import write_metadata, write_mixture_metadata
 from convert.gguf.file_writer import tensor_bytes, write_file
+from convert.gguf.widths import BLOCK, WIDTHS, Widths, choose_widths
+from convert.huggingface.mixture import MixtureCheckpoint
+from convert.huggingface.mixture_config import as_dense
 from convert.huggingface.safetensors import read_ahead
 from convert.huggingface.streamed import StreamedCheckpoint
 from gluprune_jax.errors import RequestError
@@ -32,12 +35,6 @@ from gluprune_jax.models.config import ModelConfig, YarnRope
 from gluprune_jax.models.parameters import parameters_of
 
 TYPES: Mapping[str, GGMLType] = {kind.name: kind for kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0)}
-WIDTHS = ("per-layer", "uniform")
-# What rows of quantised types, and so widths, must be divided by. Of no other multiple are layers of different widths
-# smaller in llama.cpp: what does not divide stays in F16.
-BLOCK = 32
-
-Widths = Literal["per-layer", "uniform"]
 _DTYPES: Mapping[GGMLType, np.dtype[Any]] = {
     GGMLType.F32: np.dtype(np.float32),
     GGMLType.F16: np.dtype(np.float16),
@@ -99,29 +96,84 @@ def plan_gguf(
     Raises:
       RequestError: llama.cpp has no architecture for the model, or cannot express it, or a parameter is none of these.
     """
-    if gguf_type is not None and gguf_type not in TYPES:
-        raise RequestError(f"`gguf_type` is {gguf_type!r}; choose from {', '.join(TYPES)}")
-    if gguf_widths is not None and gguf_widths not in WIDTHS:
-        raise RequestError(f"`gguf_widths` is {gguf_widths!r}; choose from {', '.join(WIDTHS)}")
+    _check_choices(gguf_type, gguf_widths)
     if width_multiple is not None and width_multiple < 1:
         raise RequestError(f"`width_multiple` is {width_multiple}; it must be at least 1")
     config, family = checkpoint.config, checkpoint.family
     if family.gguf is None:
         raise RequestError(f"llama.cpp has no architecture that is known here for {family.name}; write `format` hf")
     table, widths, notes = choose_widths(family.gguf, config, gguf_widths, width_multiple)
-    dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters_of(checkpoint.model).items()}
     padded = dataclasses.replace(config, intermediate_sizes=widths)
     parts = grouped(tensor_names(padded, family), "gguf")
-    vectors = table.divisors(config)
+    dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters_of(checkpoint.model).items()}
+    tensors = _tensors(table.divisors(config), parts, lambda name: dtypes[name.name], gguf_type)
+    fields = write_metadata(table, config, widths, {name: shape for name, (_, shape) in tensors.items()})
+    return _plan(table, config, widths, fields, tensors, parts, gguf_type, notes)
+
+
+def plan_gguf_mixture(
+    checkpoint: MixtureCheckpoint,
+    gguf_type: str | None = None,
+    gguf_widths: Widths | None = None,
+) -> GGUFPlan:
+    """As `plan_gguf`, of a mixture of experts, which all have one width.
+
+    Args:
+      checkpoint: the mixture.
+      gguf_type, gguf_widths: as of `plan_gguf`.
+
+    Raises:
+      RequestError: llama.cpp cannot express it, or a parameter is none of these.
+    """
+    _check_choices(gguf_type, gguf_widths)
+    config, sizes = checkpoint.config, checkpoint.sizes
+    dense = as_dense(config, sizes)
+    table, widths, notes = choose_widths(config.mixture.gguf, dense, gguf_widths, None)
+    parts = grouped(config.names_with(sizes), "gguf")
+    dtypes = {name: dtype for name, (dtype, _) in checkpoint.tensors().items()}
+    tensors = _tensors(table.divisors(dense), parts, lambda name: dtypes[name.hf], gguf_type)
+    fields = write_mixture_metadata(config, sizes, {name: shape for name, (_, shape) in tensors.items()})
+    return _plan(table, dense, widths, fields, tensors, parts, gguf_type, notes)
+
+
+def _check_choices(gguf_type: str | None, gguf_widths: Widths | None) -> None:
+    if gguf_type is not None and gguf_type not in TYPES:
+        raise RequestError(f"`gguf_type` is {gguf_type!r}; choose from {', '.join(TYPES)}")
+    if gguf_widths is not None and gguf_widths not in WIDTHS:
+        raise RequestError(f"`gguf_widths` is {gguf_widths!r}; choose from {', '.join(WIDTHS)}")
+
+
+def _tensors(
+    vectors: Mapping[str, Sequence[float]],
+    parts: Mapping[str, Sequence[TensorName]],
+    dtype_of: Callable[[TensorName], np.dtype[Any]],
+    gguf_type: str | None,
+) -> dict[str, tuple[GGMLType, tuple[int, ...]]]:
+    """Type and shape of each tensor, in the order of the file."""
     tensors: dict[str, tuple[GGMLType, tuple[int, ...]]] = {
         name: (GGMLType.F32, (len(values),)) for name, values in vectors.items()
     }
     for name, names in parts.items():
-        shape = (sum(part.shape[0] for part in names), *names[0].shape[1:])
-        tensors[name] = (_type_of(dtypes[names[0].name], shape, gguf_type), shape)
-    fields = write_metadata(table, config, widths, {name: shape for name, (_, shape) in tensors.items()})
-    matrices = {name: kind for name, (kind, shape) in tensors.items() if len(shape) > 1}
-    fields |= _type_fields(gguf_type, matrices)
+        shape = file_shape(names)
+        dtypes = {dtype_of(part) for part in names}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # which holds all of them
+        tensors[name] = (GGMLType.F32 if is_router(name) else _type_of(dtype, shape, gguf_type), shape)
+    return tensors
+
+
+def _plan(
+    table: GGUFTable,
+    config: ModelConfig,
+    widths: tuple[int, ...],
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, tuple[GGMLType, tuple[int, ...]]],
+    parts: Mapping[str, Sequence[TensorName]],
+    gguf_type: str | None,
+    notes: Sequence[str],
+) -> GGUFPlan:
+    """The plan with what its types and architecture mean; of a mixture `config` is that of `as_dense`."""
+    notes = [*notes]
+    matrices = {name: kind for name, (kind, shape) in tensors.items() if len(shape) > 1 and not is_router(name)}
     if gguf_type == "Q8_0" and (others := [name for name, kind in matrices.items() if kind != GGMLType.Q8_0]):
         notes.append(f"{len(others)} of {len(matrices)} matrices are F16, as {BLOCK} does not divide their rows")
     rope = main_rope(config)
@@ -136,42 +188,12 @@ def plan_gguf(
             f"llama.cpp does not apply the window of {min(windows)} tokens in its architecture {table.architecture!r}: "
             f"longer texts get other logits there"
         )
-    return GGUFPlan(table, widths, fields, tensors, parts, vectors, tuple(notes))
-
-
-def choose_widths(
-    table: GGUFTable, config: ModelConfig, wanted: Widths | None, multiple: int | None
-) -> tuple[GGUFTable, tuple[int, ...], list[str]]:
-    """The table of the architecture that a model is written under, the width of each layer there, and notes.
-
-    Args:
-      table: of the model's family.
-      config: of the model.
-      wanted: as `gguf_widths` of `plan_gguf`.
-      multiple: as its `width_multiple`.
-
-    Raises:
-      RequestError: widths of layers that cannot be written as they are.
-    """
-    sizes, why_not = config.intermediate_sizes, _why_not_per_layer(table, config)
-    if wanted == "per-layer" and why_not:
-        raise RequestError(
-            f"layers of different widths cannot be written as they are: {why_not}; give `gguf_widths` uniform"
-        )
-    widths = _rounded(sizes, multiple or (1 if len(set(sizes)) == 1 else BLOCK))
-    if len(set(widths)) == 1:
-        return table, widths, []
-    if wanted != "uniform" and table.per_layer and not why_not:
-        return table.per_layer, widths, []
-    reason = f" ({why_not})" if why_not else ""
-    note = (
-        f"layers of {min(sizes)} to {max(sizes)} neurons were all filled up to {max(widths)} with zero neurons{reason}"
-    )
-    return table, (max(widths),) * len(widths), [note]
+    fields = {**fields, **_type_fields(gguf_type, matrices)}
+    return GGUFPlan(table, widths, fields, tensors, parts, table.divisors(config), tuple(notes))
 
 
 def write_gguf(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | MixtureCheckpoint,
     plan: GGUFPlan,
     path: pathlib.Path,
     fields: Mapping[str, Any] | None = None,
@@ -205,19 +227,6 @@ def write_gguf(
 # -------------------------------------------------------------------------------------------------------- choices
 
 
-def _rounded(sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
-    return tuple(-(-size // multiple) * multiple for size in sizes)
-
-
-def _why_not_per_layer(table: GGUFTable, config: ModelConfig) -> str | None:
-    if table.per_layer is None:
-        return f"llama.cpp's architecture {table.architecture!r} has one width for all layers"
-    name = table.per_layer.architecture
-    if any(layer.window is not None for layer in config.attention):
-        return f"llama.cpp's architecture {name!r} has no windows"
-    return None
-
-
 def _type_of(dtype: np.dtype[Any], shape: Sequence[int], wanted: str | None) -> GGMLType:
     if len(shape) == 1:
         return GGMLType.F32
@@ -236,16 +245,19 @@ def _type_fields(wanted: str | None, matrices: Mapping[str, GGMLType]) -> dict[s
 # ----------------------------------------------------------------------------------------------------------- data
 
 
-def _data(checkpoint: Checkpoint, plan: GGUFPlan) -> Iterator[NDArray[Any]]:
+def _data(checkpoint: Checkpoint | MixtureCheckpoint, plan: GGUFPlan) -> Iterator[NDArray[Any]]:
     """The bytes of all tensors in their order, in parts."""
-    names = {name.name: name for name in checkpoint.tensor_names}
+    if isinstance(checkpoint, MixtureCheckpoint):
+        of_part = functools.partial(_mixture_reads, checkpoint, plan)
+    else:
+        of_part = functools.partial(_reads, checkpoint, plan, {name.name: name for name in checkpoint.tensor_names})
 
     def reads() -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
         for tensor in plan.tensors:
             if tensor in plan.vectors:
                 yield tensor, functools.partial(np.array, plan.vectors[tensor], np.float32)
             for part in plan.parts.get(tensor, ()):
-                for read in _reads(checkpoint, plan, names[part.name], part):
+                for read in of_part(part):
                     yield tensor, read
 
     def load(of: tuple[str, Callable[[], NDArray[Any]]]) -> tuple[str, NDArray[Any]]:
@@ -265,10 +277,24 @@ def _data(checkpoint: Checkpoint, plan: GGUFPlan) -> Iterator[NDArray[Any]]:
     return read_ahead(convert, pieces())
 
 
+def _mixture_reads(
+    checkpoint: MixtureCheckpoint, plan: GGUFPlan, stored: TensorName
+) -> Sequence[Callable[[], NDArray[Any]]]:
+    """What reads a tensor of a mixture, such as a matrix of one of the experts that are stacked in the file."""
+
+    def read() -> NDArray[Any]:
+        values = checkpoint.values(stored.hf)
+        is_permuted = stored.path[-1] in plan.table.permuted
+        return _permuted(values, checkpoint.config.head_dim) if is_permuted else values
+
+    return [read]
+
+
 def _reads(
-    checkpoint: Checkpoint, plan: GGUFPlan, name: TensorName, stored: TensorName
+    checkpoint: Checkpoint, plan: GGUFPlan, names: Mapping[str, TensorName], stored: TensorName
 ) -> Sequence[Callable[[], NDArray[Any]]]:
     """What reads a parameter in the shape and dtype it has in the file, a few rows at a time where that is possible."""
+    name = names[stored.name]
     is_as_stored = name.neuron_axis is None and name.path[-1] not in plan.table.permuted
     if is_as_stored and isinstance(checkpoint, StreamedCheckpoint):
         return checkpoint.pieces(name)

@@ -309,7 +309,8 @@ def _family(data: Mapping[str, Any], where: str) -> Family:
     if isinstance(model_type, str) and model_type in MIXTURES:
         raise RequestError(
             f"{where} has model_type {model_type!r}, a mixture of experts, which is pruned from file to file by its "
-            f"weights alone (gluprune prune, or convert.open_mixture) and not run, trained or converted"
+            f"weights alone (gluprune prune, or convert.open_mixture), converted (gluprune convert), and not run or "
+            f"trained"
         )
     if family is None:
         reason = REFUSED.get(model_type) if isinstance(model_type, str) else None

@@ -1,11 +1,12 @@
 """Mixtures of experts from file to file: read, scored, pruned and written a few tensors at a time, and never run."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from convert.huggingface.folder import (
     write_weights,
 )
 from convert.huggingface.mixture_config import MixtureConfig, read_mixture_config, write_mixture_config
-from convert.huggingface.safetensors import StoredTensor, read_ahead, read_tensor
+from convert.huggingface.safetensors import StoredTensor, read_ahead
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened
 from gluprune_jax.pruning.mixture import MixtureSizes
 from gluprune_jax.pruning.plan import PruningPlan
@@ -34,13 +35,32 @@ from gluprune_jax.pruning.slicing import NEURON_AXES
 _PACKED = re.compile(r".*\.layers\.\d+\.(?:mlp|block_sparse_moe)\.(?:experts\.\D.*|(?:input|output)_linear\..*)")
 
 
+class StoredWeight(Protocol):
+    """A tensor that lies in a file."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its elements."""
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+
+    def read(self) -> NDArray[Any]:
+        """Reads it.
+
+        Raises:
+          OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class MixtureCheckpoint:
     """A mixture of experts whose weights stay in their files until each is asked for.
 
     Attributes:
       config: the model in the files.
-      stored: where each tensor lies, by its name.
+      stored: where each tensor lies, by its name in Hugging Face files.
       sizes: of the MLPs, as far as plans have left their neurons.
       source: the name or path it was opened from, as the user gave it.
       dtype: what every tensor is cast to as it is read; None keeps each tensor's own.
@@ -52,7 +72,7 @@ class MixtureCheckpoint:
     """
 
     config: MixtureConfig
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, StoredWeight]
     sizes: MixtureSizes
     source: str
     dtype: np.dtype[Any] | None = None
@@ -64,11 +84,8 @@ class MixtureCheckpoint:
 
     def tensors(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Dtype and shape of each tensor, in the order of the forward pass."""
-        shapes = dict(self.config.tensors)
-        for names, width in zip(self.config.mlps, self.sizes.mlp_sizes, strict=True):
-            for name, axis in zip(names, NEURON_AXES.values(), strict=True):
-                shapes[name] = tuple(width if a == axis else size for a, size in enumerate(shapes[name]))
-        return {name: (self.dtype or self.stored[name].dtype, shape) for name, shape in shapes.items()}
+        names = self.config.names_with(self.sizes)
+        return {name.hf: (self.dtype or self.stored[name.hf].dtype, name.shape) for name in names}
 
     @property
     def num_bytes(self) -> int:
@@ -77,12 +94,11 @@ class MixtureCheckpoint:
 
     def mlp_weights(self) -> Generator[MLPWeights]:
         """Reads the matrices of one MLP after the other."""
-        places = self._places()
         wanted = [name for names in self.config.mlps for name in names]
 
         def read(name: str) -> jax.Array:
             # device_put takes an aligned buffer over; asarray would copy it.
-            array: jax.Array = jax.device_put(self._values(name, places))
+            array: jax.Array = jax.device_put(self.values(name))
             return array
 
         matrices = read_ahead(read, wanted, 1)
@@ -99,23 +115,22 @@ class MixtureCheckpoint:
         record = {"base_model": self.source, **plan.summary()}
         return dataclasses.replace(self, sizes=sizes, kept=kept, history=(*self.history, record))
 
-    def write(self, folder: Path, progress: Progress | None = None) -> None:
-        """Writes `config.json`, safetensors and the assets into an existing folder, for stock `transformers`.
+    def write_weights(self, folder: Path, progress: Progress | None, values: Callable[[str], NDArray[Any]]) -> None:
+        """Writes safetensors into an existing folder, for stock `transformers`.
+
+        Args:
+          folder: the folder.
+          progress: called with what is being done, the bytes done and the bytes in all.
+          values: gives each tensor once, by its name; `self.values` reads them.
 
         Raises:
           OperationError: the disk refuses, or the model's files cannot be read, have changed, or have NaN or Inf.
           RequestError: values too large for the dtype they are cast to.
         """
-        places = self._places()
-        self.write_weights(folder, progress, lambda name: self._values(name, places))
-        self.write_assets(folder)
-
-    def write_weights(self, folder: Path, progress: Progress | None, values: Callable[[str], NDArray[Any]]) -> None:
-        """Writes the safetensors of `write`; `values` gives each tensor once, by its name."""
         write_weights(folder, self.tensors(), lambda name: [lambda: values(name)], progress)
 
     def write_assets(self, folder: Path) -> None:
-        """Writes what `write` does beside the weights."""
+        """Writes `config.json` and the assets beside the weights."""
         dtype, _ = self.tensors()["model.embed_tokens.weight"]
         write_texts(folder, write_mixture_config(self.config, self.sizes, dtype), self.history, self.assets)
 
@@ -126,11 +141,20 @@ class MixtureCheckpoint:
           OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
           RequestError: values too large for the dtype they are cast to.
         """
-        values = read_tensor(self.stored[name])
+        values = self.stored[name].read()
         if self.dtype is not None and self.dtype != values.dtype:
             values = cast(values, self.dtype, self.stored[name].where)
         return values
 
+    def values(self, name: str) -> NDArray[Any]:
+        """Reads what is kept of one tensor; errors as of `read`."""
+        values = self.read(name)
+        if self.kept is None or name not in self._places:
+            return values
+        i, axis = self._places[name]
+        return values.take(self.kept[i], axis)
+
+    @functools.cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """For each matrix of an MLP that MLP's index and the axis that counts its neurons, by name."""
         return {
@@ -138,14 +162,6 @@ class MixtureCheckpoint:
             for i, names in enumerate(self.config.mlps)
             for name, axis in zip(names, NEURON_AXES.values(), strict=True)
         }
-
-    def _values(self, name: str, places: Mapping[str, tuple[int, int]]) -> NDArray[Any]:
-        """What is kept of one tensor."""
-        values = self.read(name)
-        if self.kept is None or name not in places:
-            return values
-        i, axis = places[name]
-        return values.take(self.kept[i], axis)
 
 
 def open_mixture_folder(folder: Path, source: str, dtype: np.dtype[Any] | None = None) -> MixtureCheckpoint:

@@ -11,14 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from convert.families.family import FULL
+from convert.families.family import FULL, TensorRow
 from convert.families.mixtures import COUNTS, MIXTURES, Mixture
+from convert.families.names import TensorName
 from convert.huggingface.config import ROPE_KEYS
 from convert.huggingface.rope import read_ropes, write_flat_rope
-from convert.values import integer, shown
+from convert.values import integer, number, shown
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.models.config import Rope
+from gluprune_jax.models.config import LayerAttention, ModelConfig, Rope
 from gluprune_jax.pruning.mixture import MixtureSizes
+from gluprune_jax.pruning.slicing import NEURON_AXES
+
+# What GGUF files call the matrices of an MLP, and which of their axes counts neurons.
+_GGUF_AXES = dict(zip(("gate", "up", "down"), NEURON_AXES.values(), strict=True))
 
 _MOST_LAYERS, _MOST_MLPS = 10_000, 1_000_000  # a damaged config must not cost the memory of names so many
 
@@ -41,8 +46,7 @@ class MixtureConfig:
       data: all of the file.
       mixture: the table of its family.
       sizes: of its MLPs.
-      tensors: the shape of each tensor by its name in files, in the order of the forward pass.
-      mlps: the names of the gate, up and down projection of each MLP.
+      names: of its tensors, in the order of the forward pass.
       tied: whether the output projection is the embedding.
       num_key_value_heads: K.
       head_dim: H.
@@ -53,13 +57,32 @@ class MixtureConfig:
     data: Mapping[str, Any]
     mixture: Mixture
     sizes: MixtureSizes
-    tensors: Mapping[str, tuple[int, ...]]
-    mlps: tuple[tuple[str, str, str], ...]
+    names: tuple[TensorName, ...]
     tied: bool
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
     rope: Rope
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by its name in Hugging Face files."""
+        return {name.hf: name.shape for name in self.names}
+
+    @property
+    def mlps(self) -> tuple[tuple[str, str, str], ...]:
+        """The names of the gate, up and down projection of each MLP, in Hugging Face files."""
+        matrices = (name.hf for name in self.names if name.neuron_axis is not None)
+        return tuple(zip(matrices, matrices, matrices, strict=True))
+
+    def names_with(self, sizes: MixtureSizes) -> Iterator[TensorName]:
+        """The tensors of the model whose MLPs are cut to these sizes."""
+        for name in self.names:
+            if (axis := name.neuron_axis) is None:
+                yield name
+                continue
+            width = sizes.intermediate_sizes[int(name.path[1])]
+            yield dataclasses.replace(name, shape=(*name.shape[:axis], width, *name.shape[axis + 1 :]))
 
 
 def is_mixture(data: Any) -> bool:
@@ -104,19 +127,61 @@ def read_mixture_config(data: Any, where: str = "config.json") -> MixtureConfig:
         **{field: bool(known.get(key)) for field, key in family.flags.items()},
         "tie_word_embeddings": tied,
     }
-    tensors = dict(_tensors(mixture, sizes, dimensions, fields))
+    names = tuple(_names(mixture, sizes, dimensions, fields))
     return MixtureConfig(
         data=data,
         mixture=mixture,
-        sizes=dataclasses.replace(sizes, num_parameters=sum(map(math.prod, tensors.values()))),
-        tensors=tensors,
-        mlps=tuple(names for i in range(len(experts)) for names in _mlps(mixture, sizes, i)),
+        sizes=dataclasses.replace(sizes, num_parameters=sum(math.prod(name.shape) for name in names)),
+        names=names,
         tied=tied,
         num_key_value_heads=K,
         head_dim=H,
         max_position_embeddings=integer(known, "max_position_embeddings", where),
         rope=read_ropes(data, family, H, where, ROPE_KEYS)[FULL],
     )
+
+
+def as_dense(config: MixtureConfig, sizes: MixtureSizes) -> ModelConfig:
+    """The architecture with one MLP of the width of an expert in place of the experts of each layer.
+
+    What stands around the MLPs, and how many layers there are, is the same.
+
+    Args:
+      config: of the mixture.
+      sizes: of its MLPs.
+
+    Raises:
+      RequestError: a value that cannot be.
+    """
+    family = config.mixture.family
+    known, where = {**family.defaults, **config.data}, "config.json"
+    slides = known.get("sliding_window") is not None and known.get("use_sliding_window", True)
+    window = integer(known, "sliding_window", where) if slides else None
+    flags: dict[str, Any] = {field: bool(known.get(key)) for field, key in family.flags.items()}
+    return ModelConfig(
+        vocab_size=config.names[0].shape[0],
+        hidden_size=sizes.hidden_size,
+        intermediate_sizes=sizes.intermediate_sizes,
+        num_attention_heads=integer(known, "num_attention_heads", where),
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=number(known, "rms_norm_eps", where),
+        attention=(LayerAttention(config.rope, window),) * sizes.num_hidden_layers,
+        tie_word_embeddings=config.tied,
+        **family.fields,
+        **flags,
+    )
+
+
+def used_experts(config: MixtureConfig) -> int:
+    """How many experts each token goes to.
+
+    Raises:
+      RequestError: none, or more than there are.
+    """
+    known = {**config.mixture.family.defaults, **config.data}
+    return integer(known, "num_experts_per_tok", "config.json", most=max(config.sizes.experts))
 
 
 def write_mixture_config(config: MixtureConfig, sizes: MixtureSizes, dtype: np.dtype[Any]) -> dict[str, Any]:
@@ -205,32 +270,40 @@ def _experts(known: Mapping[str, Any], data: Mapping[str, Any], mixture: Mixture
     return experts
 
 
-def _tensors(
+def _names(
     mixture: Mixture, sizes: MixtureSizes, dimensions: Mapping[str, int], fields: Mapping[str, object]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The names and shapes of all tensors, in the order of the forward pass."""
+) -> Iterator[TensorName]:
+    """All tensors, in the order of the forward pass."""
     rows = [row for row in mixture.family.tensors if row.needs is None or fields.get(row.needs[0]) in row.needs[1]]
     rows = [row for row in rows if "F" not in row.shape.split()]
-    shapes = {row.hf: tuple(dimensions[axis] for axis in row.shape.split()) for row in rows}
-    per_layer = [row.hf for row in rows if "{i}" in row.hf]
-    for hf in shapes:
-        if hf == per_layer[0]:
-            for i, count in enumerate(sizes.experts):
-                yield from ((name.format(i=i), shapes[name]) for name in per_layer)
-                D, F = sizes.hidden_size, sizes.intermediate_sizes[i]
-                if count:
-                    yield f"model.layers.{i}.{mixture.block}.gate.weight", (count, D)
-                for names in _mlps(mixture, sizes, i):
-                    yield from zip(names, ((F, D), (F, D), (D, F)), strict=True)
-        elif hf not in per_layer:
-            yield hf, shapes[hf]
+
+    def named(row: TensorRow, i: int | None = None) -> TensorName:
+        path = tuple(int(part) if part.isdigit() else part for part in row.ours.format(i=i).split("."))
+        shape = tuple(dimensions[axis] for axis in row.shape.split())
+        return TensorName(path, row.hf.format(i=i), row.gguf.format(i=i), shape, None)
+
+    per_layer = [row for row in rows if "{i}" in row.ours]
+    for row in rows:
+        if row is per_layer[0]:
+            for i in range(sizes.num_hidden_layers):
+                yield from (named(layer_row, i) for layer_row in per_layer)
+                yield from _mlp_names(mixture, sizes, i)
+        elif row not in per_layer:
+            yield named(row)
 
 
-def _mlps(mixture: Mixture, sizes: MixtureSizes, i: int) -> Iterator[tuple[str, str, str]]:
-    """The names of the matrices of each MLP of a layer."""
-    if not sizes.experts[i]:
-        gate, up, down = (f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-        yield gate, up, down
-    for e in range(sizes.experts[i]):
-        gate, up, down = (f"model.layers.{i}.{mixture.block}.experts.{e}.{name}.weight" for name in mixture.matrices)
-        yield gate, up, down
+def _mlp_names(mixture: Mixture, sizes: MixtureSizes, i: int) -> Iterator[TensorName]:
+    """The router of a layer and the matrices of each of its MLPs, of a dense layer those of its one MLP."""
+    count, D, F = sizes.experts[i], sizes.hidden_size, sizes.intermediate_sizes[i]
+    block = f"model.layers.{i}.{mixture.block}" if count else f"model.layers.{i}.mlp"
+    if count:
+        yield TensorName(
+            ("layers", i, "mlp", "gate"), f"{block}.gate.weight", f"blk.{i}.ffn_gate_inp.weight", (count, D), None
+        )
+    for e in range(max(1, count)):
+        where = f"{block}.experts.{e}" if count else block
+        matrices = mixture.matrices if count else tuple(NEURON_AXES)
+        for ours, theirs, (name, axis) in zip(NEURON_AXES, matrices, _GGUF_AXES.items(), strict=True):
+            path = ("layers", i, "mlp", "experts", e, ours) if count else ("layers", i, "mlp", ours)
+            gguf = f"blk.{i}.ffn_{name}_exps.weight" if count else f"blk.{i}.ffn_{name}.weight"
+            yield TensorName(path, f"{where}.{theirs}.weight", gguf, (D, F) if axis else (F, D), axis)

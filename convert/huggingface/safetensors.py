@@ -76,6 +76,10 @@ class StoredTensor:
         """File and name, as messages say them."""
         return f"{self.file}: tensor {listed([self.name])}"
 
+    def read(self) -> NDArray[Any]:
+        """All of it; see `read_tensor`."""
+        return read_tensor(self)
+
 
 def index_folder(folder: Path) -> dict[str, StoredTensor]:
     """Finds every tensor of `model.safetensors` or of the files that `model.safetensors.index.json` names.

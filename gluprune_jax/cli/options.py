@@ -131,12 +131,12 @@ TABLE = (
     ),
     Option(
         "--target-parameters",
-        "the largest width with which the model has at most N parameters, such as 1.0B",
+        "the largest width (with --allocation, share of neurons) with which the model has at most N parameters: 1.0B",
         metavar="N",
     ),
     Option(
         "--target-bytes",
-        "the largest width with which its files take at most SIZE, such as 700MB",
+        "the largest width (with --allocation, share of neurons) with which its files take at most SIZE, such as 700MB",
         metavar="SIZE",
     ),
     Option(

@@ -16,7 +16,7 @@ from gluprune_jax.files.atomic import check_file
 from gluprune_jax.files.object_store import in_store
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning import methods
-from gluprune_jax.pruning.budget import ALL_TARGETS, check_budget_allowed, parse_parameters, parse_target_bytes
+from gluprune_jax.pruning.budget import ALL_TARGETS, parse_parameters, parse_target_bytes
 from gluprune_jax.pruning.choices import MIN_KEEP
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA, find_criterion
 from gluprune_jax.pruning.plan import PruningPlan
@@ -70,7 +70,6 @@ def check_request(request: PruneRequest) -> list[str]:
         parse_parameters(request.target_parameters)
     if request.target_bytes is not None:
         parse_target_bytes(request.target_bytes)
-        check_budget_allowed(request.allocation, True)
         if request.target_type not in (None, *FORMATS):
             check_file_type(str(request.target_type))
     elif request.target_type is not None:
@@ -217,7 +216,7 @@ def check_mixture_request(request: PruneRequest) -> None:
         "--pad-to": request.pad_to != 1,
         "--target-parameters": request.target_parameters is not None,
         "--target-bytes": request.target_bytes is not None,
-        **{f"--format {name}": name in formats_of(request) for name in FORMATS if name != "hf"},
+        "--format orbax": "orbax" in formats_of(request),
         "--no-stream": request.stream is False,
         "--mesh": request.devices.mesh != "auto",
         "--device-memory": request.devices.device_memory is not None,
@@ -228,7 +227,7 @@ def check_mixture_request(request: PruneRequest) -> None:
             f"{' and '.join(flags[:3])} cannot be given for {request.model}: a mixture of experts is pruned from file "
             f"to file, without running it, all experts to one width; possible are criteria of weights alone "
             f"({', '.join(WEIGHT_CRITERIA)}, random), --prune-percent, --expansion-ratio, --width, --multiple-of, "
-            f"--for, --plan, and --format hf"
+            f"--for, --plan, and --format hf or gguf"
         )
 
 

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import convert
+from convert.gguf.export import prepare_gguf
 from convert.huggingface.mixture_config import GROUPED, one_by_one
 from convert.huggingface.one_pass import can_read_once
 from convert.model_card import model_card
 from convert.store import save_pruned
 from gluprune_jax.cli import terminal
-from gluprune_jax.cli.report import FORMAT_NAMES, mixture_changes
-from gluprune_jax.prune.report import Clock, finish, push
+from gluprune_jax.cli.report import mixture_changes
+from gluprune_jax.prune.checks import formats_of, gguf_options_of
+from gluprune_jax.prune.report import Clock, add_mixture_forecast, add_notes, file_sizes, finish, push
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning.one_pass import Choice, Ranking, Replay
 from gluprune_jax.pruning.plan import PruningPlan
@@ -29,21 +31,25 @@ def prune_mixture(request: PruneRequest, checkpoint: convert.MixtureCheckpoint, 
         choice = Ranking(sizes, request.criterion, _target(request), seed=request.seed)
     else:
         choice = Replay(sizes, PruningPlan.load(request.plan))
+    formats, gguf = formats_of(request), gguf_options_of(request)
+    if "gguf" in formats:  # what cannot be written is said before any work is done
+        prepare_gguf(checkpoint, gguf)
     if not request.json:
         for note in checkpoint.notes:
             terminal.note(note)
-        if slower := one_by_one(choice.blank.pruned_sizes(sizes)):
+        if "hf" in formats and (slower := one_by_one(choice.blank.pruned_sizes(sizes))):
             terminal.note(f"{slower}; --multiple-of {GROUPED} gives a width that needs no such thing")
     writes = request.output is not None and not request.dry_run
     report: dict[str, Any] = {}
 
     def files(pruned: Any, plan: PruningPlan) -> Mapping[str, str]:
         num_bytes = {"before": checkpoint.num_bytes, "after": pruned.num_bytes}
-        report.update(model=request.model, formats=["hf"], **mixture_changes(sizes, num_bytes, plan))
-        written = {FORMAT_NAMES["hf"]: (num_bytes["before"], num_bytes["after"])}
-        return {"README.md": model_card(pruned, sizes, None, command, sizes=written), PLAN_FILE: plan.to_json()}
+        report.update(model=request.model, formats=formats, **mixture_changes(sizes, num_bytes, plan))
+        add_mixture_forecast(request, report, checkpoint, pruned)
+        card = model_card(pruned, sizes, None, command, sizes=file_sizes(report))
+        return {"README.md": card, PLAN_FILE: plan.to_json()}
 
-    if writes and can_read_once(checkpoint):
+    if writes and formats == ["hf"] and can_read_once(checkpoint):
         with terminal.byte_progress() as progress:
             _, plan = save_pruned(
                 checkpoint,
@@ -65,10 +71,17 @@ def prune_mixture(request: PruneRequest, checkpoint: convert.MixtureCheckpoint, 
         clock.lap("score")
         if writes:
             with terminal.byte_progress() as progress:
-                convert.save(
-                    pruned, str(request.output), overwrite=request.overwrite, extra_files=beside, progress=progress
+                notes = convert.save(
+                    pruned,
+                    str(request.output),
+                    formats=formats,
+                    overwrite=request.overwrite,
+                    extra_files=beside,
+                    gguf=gguf,
+                    progress=progress,
                 )
             clock.lap("save")
+            add_notes(request, report, notes)
     if writes:
         report["output"] = str(request.output)
         push(request, report)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ import convert
 from convert.gguf.sizes import (
     FILE_TYPES,
     forecast,
+    forecast_mixture,
     metadata_bytes,
+    mixture_metadata_bytes,
+    mixture_tensor_bytes,
     quantisation_warning,
     tensor_bytes,
     with_width,
 )
-from convert.gguf.writer import choose_widths
+from convert.gguf.widths import choose_widths
+from convert.gguf.writer import plan_gguf_mixture
 from convert.huggingface.push import push_to_hub
 from gluprune_jax.cli import terminal
-from gluprune_jax.cli.report import show
-from gluprune_jax.errors import spelled
+from gluprune_jax.cli.report import FORMAT_NAMES, show
+from gluprune_jax.errors import RequestError, spelled
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.parallel.distributed import is_main, synchronize_errors
@@ -64,7 +68,7 @@ def add_forecast(
     dense, family = checkpoint.config, checkpoint.family
     metadata = metadata_bytes(dense, family, checkpoint.assets)
     table = family.gguf if "gguf" in report["formats"] else None
-    file_type = None if table is None else _gguf_file_type(request, checkpoint.model)
+    file_type = None if table is None else _gguf_file_type(request, _matrix_dtypes(checkpoint.model))
     widths = {}
     for when, config, pad_to in (("before", dense, 1), ("after", plan.pruned_config(dense), request.pad_to)):
         # As llama.cpp's converter finds them in the folder, or as we write them.
@@ -77,21 +81,60 @@ def add_forecast(
         report[when]["gguf_bytes"] = forecast(found, family, metadata)
         if file_type:
             report[when]["file_bytes"]["gguf"] = tensor_bytes(found, family, file_type)
+    _warn(request, report, widths["after"], max(widths["before"]), file_type)
+
+
+def add_mixture_forecast(
+    request: PruneRequest, report: dict[str, Any], dense: convert.MixtureCheckpoint, pruned: convert.MixtureCheckpoint
+) -> None:
+    """As `add_forecast`, of a mixture of experts; nothing is forecast of one that llama.cpp cannot express."""
+    try:
+        plan_gguf_mixture(dense)
+    except RequestError:
+        return
+    file_type = None
+    if "gguf" in report["formats"]:
+        tensors = dense.tensors().values()
+        file_type = _gguf_file_type(request, {dtype.name for dtype, shape in tensors if len(shape) > 1})
+    metadata = mixture_metadata_bytes(dense.config, dense.assets)
+    for when, of in (("before", dense), ("after", pruned)):
+        report[when]["gguf_bytes"] = forecast_mixture(dense.config, of.sizes, metadata)
+        if file_type:
+            report[when]["file_bytes"]["gguf"] = mixture_tensor_bytes(dense.config, of.sizes, file_type)
+    _warn(request, report, [pruned.sizes.expert_size], 0, file_type)  # 0: experts are not padded
+
+
+def _warn(
+    request: PruneRequest, report: dict[str, Any], widths: Sequence[int], dense_width: int, file_type: str | None
+) -> None:
+    """Says so where pruning does not make quantised files smaller; see `quantisation_warning`."""
     before, after = (report[when]["gguf_bytes"] for when in ("before", "after"))
-    if warning := quantisation_warning(before, after, widths["after"], max(widths["before"]), file_type):
+    if warning := quantisation_warning(before, after, widths, dense_width, file_type):
         report["warning"] = spelled(warning, parser().flags)
         if not request.json:
             terminal.note(warning)
 
 
-def _gguf_file_type(request: PruneRequest, model: Decoder) -> str | None:
-    """What the matrices of the GGUF file become, one of `FILE_TYPES`; None where it is not known how large that is."""
+def _gguf_file_type(request: PruneRequest, dtypes: Set[str]) -> str | None:
+    """What matrices of these dtypes become in the GGUF file, one of `FILE_TYPES`; None where its size is not known."""
     if asked := request.quantize or request.gguf_type:
         return asked if asked in FILE_TYPES else None
-    arrays = parameters_of(model)
-    dtypes = {arrays[name].dtype.name for name in arrays if arrays[name].ndim > 1 and not name.endswith("bias")}
     names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    return names[dtypes.pop()] if len(dtypes) == 1 else None
+    return names[next(iter(dtypes))] if len(dtypes) == 1 else None
+
+
+def _matrix_dtypes(model: Decoder) -> Set[str]:
+    arrays = parameters_of(model)
+    return {arrays[name].dtype.name for name in arrays if arrays[name].ndim > 1 and not name.endswith("bias")}
+
+
+def add_notes(request: PruneRequest, report: dict[str, Any], notes: Sequence[str]) -> None:
+    """Adds to a report what the writer said, and says it."""
+    if notes:
+        report["notes"] = list(notes)
+    if not request.json:
+        for note in notes:
+            terminal.note(note)
 
 
 def push(request: PruneRequest, report: dict[str, Any]) -> None:
@@ -106,6 +149,11 @@ def push(request: PruneRequest, report: dict[str, Any]) -> None:
     report["pushed_to"] = request.push_to_hub
 
 
-def before_and_after(report: Mapping[str, Any], key: str, name: str) -> tuple[int, int]:
-    """A figure of the dense and of the pruned model."""
-    return report["before"][key][name], report["after"][key][name]
+def file_sizes(report: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The bytes of the dense and of the pruned model, by what people call the files."""
+    before, after = report["before"], report["after"]
+    written = [key for key in report["formats"] if key in after["file_bytes"]]
+    forecasts = after.get("gguf_bytes", ())
+    return {FORMAT_NAMES[key]: (before["file_bytes"][key], after["file_bytes"][key]) for key in written} | {
+        f"GGUF {key}, forecast": (before["gguf_bytes"][key], after["gguf_bytes"][key]) for key in forecasts
+    }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gluprune_jax.files.object_store import Folder
 
 if TYPE_CHECKING:
-    from convert.gguf.writer import Widths
+    from convert.gguf.widths import Widths
     from gluprune_jax.memory.mesh_choice import MeshRequest
 
 PLAN_FILE = "gluprune_plan.json"  # in an output folder

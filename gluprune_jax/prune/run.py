@@ -10,16 +10,15 @@ import convert
 from convert.calibration_text import calibration_windows
 from convert.chat import fix_date, template_of
 from convert.gguf.export import prepare_gguf
-from convert.gguf.sizes import SHOWN
 from convert.huggingface.one_pass import can_read_once
 from convert.huggingface.streamed import StreamedCheckpoint
 from convert.model_card import model_card
 from convert.pypi import cache_folder
-from convert.sources import is_mixture_folder, loaded_whole
+from convert.sources import is_local_mixture, loaded_whole
 from convert.store import save_pruned
 from convert.tokenizer import has_tokenizer, load_tokenizer, tokens_beyond
 from gluprune_jax.cli import method_options, terminal
-from gluprune_jax.cli.report import FORMAT_NAMES, changes, show_plan
+from gluprune_jax.cli.report import changes, show_plan
 from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
 from gluprune_jax.errors import RequestError
 from gluprune_jax.memory.mesh_choice import MeshRequest, mesh_chooser
@@ -39,7 +38,7 @@ from gluprune_jax.prune.checks import (
 )
 from gluprune_jax.prune.measure import Measurements
 from gluprune_jax.prune.mixture import prune_mixture
-from gluprune_jax.prune.report import Clock, add_forecast, before_and_after, finish, push
+from gluprune_jax.prune.report import Clock, add_forecast, add_notes, file_sizes, finish, push
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning import methods
 from gluprune_jax.pruning.budget import target_within
@@ -58,7 +57,7 @@ def run(request: PruneRequest, command: str) -> None:
     Raises:
       RequestError, OperationError: what cannot be done, or fails.
     """
-    if is_mixture_folder(request.model):  # before what an option lacks is said: no mixture can have it
+    if is_local_mixture(request.model):  # before what an option lacks is said: no mixture can have it
         check_mixture_request(request)
     completed = with_calibration(request)
     formats = check_request(completed)
@@ -203,11 +202,7 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
                 pad_to=request.pad_to,
                 progress=progress,
             )
-        if notes:
-            report["notes"] = list(notes)
-        if not request.json:
-            for note in notes:
-                terminal.note(note)
+        add_notes(request, report, notes)
         clock.lap("save")
         report["output"] = str(request.output)
         push(request, report)
@@ -277,10 +272,7 @@ def _files(
     command: str,
 ) -> dict[str, str]:
     """The model card and the plan, by the names of their files."""
-    known = [key for key in report["formats"] if key in report["after"]["file_bytes"]]
-    sizes = {FORMAT_NAMES[key]: before_and_after(report, "file_bytes", key) for key in known}
-    sizes |= {f"GGUF {key}, forecast": before_and_after(report, "gguf_bytes", key) for key in SHOWN}
-    card = model_card(pruned, dense, report.get("evaluation"), command, sizes=sizes, pad_to=request.pad_to)
+    card = model_card(pruned, dense, report.get("evaluation"), command, sizes=file_sizes(report), pad_to=request.pad_to)
     return {"README.md": card, PLAN_FILE: plan.to_json()}
 
 
@@ -369,6 +361,13 @@ def _target_within(
     """The width that --target-parameters or --target-bytes means, if one of them is given; `others` names layers."""
     if request.target_parameters is None and request.target_bytes is None:
         return {}
+    from_folder, target_type = "gguf" not in formats_of(request), request.target_type or "hf"
+    is_padded = request.target_bytes is not None and target_type != "orbax" and (from_folder or target_type == "hf")
+    if is_padded and request.allocation != "uniform" and not request.json:
+        terminal.note(
+            "a Hugging Face folder has one width for all layers, so that --target-bytes counts them padded to the "
+            "widest; --target-type orbax counts true widths, and so do types of GGUF files where --format is gguf"
+        )
     layers, dropped = others.get("layers"), others.get("drop_layers", ())
     if count := others.get("drop_least", 0):  # which layers go does not matter here, only how many
         free = [i for i in range(checkpoint.config.num_hidden_layers) if i not in (layers or ())]
@@ -377,9 +376,15 @@ def _target_within(
         checkpoint.config,
         target_parameters=request.target_parameters,
         target_bytes=request.target_bytes,
-        file_size=checkpoint.file_size(request.target_type or "hf", request.pad_to),
+        file_size=checkpoint.file_size(
+            target_type,
+            request.pad_to,
+            from_folder=from_folder,
+            gguf_widths=request.gguf_widths,
+        ),
         multiple_of=multiple_of,
         pad_to=request.pad_to,
         layers=layers,
         drop_layers=dropped,
+        allocation=request.allocation,
     )

@@ -102,11 +102,25 @@ def by_cost(
     return _rounded(widths * (1 - np.minimum(high * relative, most)), sizes, least, budget, multiple_of)
 
 
-def _least(sizes: Sequence[int], budget: int, min_keep: float, multiple_of: int) -> list[int]:
-    """What each layer keeps at least."""
+def least_widths(sizes: Sequence[int], min_keep: float, multiple_of: int) -> list[int]:
+    """What each layer keeps at least.
+
+    Args:
+      sizes: F of each layer.
+      min_keep: the least share of its neurons that a layer keeps.
+      multiple_of: widths are multiples of this, or whole.
+
+    Raises:
+      RequestError: a share that is none.
+    """
     if not 0 <= min_keep < 1:
         raise RequestError(f"`min_keep` is {min_keep:g}; it must be a share from 0 and below 1")
-    least = [min(size, max(1, -(-int(np.ceil(min_keep * size)) // multiple_of)) * multiple_of) for size in sizes]
+    return [min(size, max(1, -(-int(np.ceil(min_keep * size)) // multiple_of)) * multiple_of) for size in sizes]
+
+
+def _least(sizes: Sequence[int], budget: int, min_keep: float, multiple_of: int) -> list[int]:
+    """What each layer keeps at least, where the budget has room for it."""
+    least = least_widths(sizes, min_keep, multiple_of)
     if sum(least) > budget:
         raise RequestError(
             f"`min_keep` {min_keep:g} keeps at least {sum(least):,} neurons, and the target leaves {budget:,}; "

@@ -1,6 +1,7 @@
 """Targets that say how large the pruned model may be: the widest layers with which it is no larger."""
 
 import bisect
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ SizeOf = Callable[[Mapping[int, int]], int]
 ALL_TARGETS = (*TARGETS, "target_parameters", "target_bytes")
 
 _LARGEST_BLOCK = 256  # of values that are quantised together
+_TRIED = 32  # budgets, before bisection
 
 
 def parse_parameters(text: str) -> int:
@@ -42,16 +44,26 @@ def parse_target_bytes(text: str) -> int:
     return int(text) if re.fullmatch(r"[1-9][0-9]{0,15}", text) else parse_bytes(text, "`target_bytes`")
 
 
-def check_budget_allowed(allocation: str, is_of_bytes: bool) -> None:
-    """Refuses a file size where it does not follow from how many neurons are kept in all.
+@dataclasses.dataclass(frozen=True)
+class SizeLimit:
+    """How large a model may be.
 
-    Raises:
-      RequestError: as said.
+    Attributes:
+      name: of the parameter that says it.
+      most: parameters or bytes.
+      size_of: how many a model has.
+      spell: one of these numbers for people.
     """
-    if is_of_bytes and allocation != "uniform":
-        raise RequestError(
-            f"`target_bytes` does not go with allocation {allocation}: how wide each layer becomes, and so how large "
-            f"the files, is known only when neurons are scored; give `target_parameters`"
+
+    name: str
+    most: int
+    size_of: SizeOf
+    spell: Callable[[int], str]
+
+    def unreachable(self, least: int, how: str) -> RequestError:
+        """The refusal where the smallest model has `least`; `how` says which one that is."""
+        return RequestError(
+            f"`{self.name}` is {self.spell(self.most)}; the smallest possible is {self.spell(least)}, with {how}"
         )
 
 
@@ -65,8 +77,12 @@ def target_within(
     pad_to: int = 1,
     layers: Sequence[int] | None = None,
     drop_layers: Sequence[int] = (),
+    allocation: str = "uniform",
 ) -> dict[str, Any]:
     """The target of `make_plan` that removes least, such that the pruned model is no larger than asked.
+
+    With an allocation the widths, and so the size, follow from scores. The target is then what is no larger without it,
+    and the limit goes with it, as `within`: `methods.Chooser` finds the share that keeps it (`allocated_within`).
 
     Args:
       config: of the dense model.
@@ -77,9 +93,10 @@ def target_within(
       pad_to: what `file_size` rounds widths up to a multiple of.
       layers: indices of the layers that are pruned; all that stay when None.
       drop_layers: indices of those that are removed whole.
+      allocation: as of `allocation`.
 
     Returns:
-      A `width`; where the layers differ in width, a `prune_percent` in steps of a tenth.
+      A `width`; where the layers differ in width, a `prune_percent` in steps of a tenth. With an allocation, `within`.
 
     Raises:
       RequestError: not exactly one of the two; the model is no larger as it is; or it is larger however little is kept,
@@ -92,6 +109,7 @@ def target_within(
         name, spell, size_of = "target_parameters", _with_commas, _parameters_of(config)
     assert size_of is not None
     most = parse_target_bytes(target_bytes) if target_bytes is not None else parse_parameters(str(target_parameters))
+    limit = SizeLimit(name, most, size_of, spell)
 
     sizes, chosen = config.intermediate_sizes, chosen_layers(config.num_hidden_layers, layers, drop_layers)
     dense = {i: size for i, size in enumerate(sizes) if i not in set(drop_layers)}
@@ -107,12 +125,75 @@ def target_within(
         raise RequestError(f"`multiple_of` {multiple_of} leaves no width below that of the layers; give a smaller one")
     fitting = [group[: bisect.bisect_right(group, most, key=pruned)] for group in groups]
     if best := [group[-1] for group in fitting if group]:
-        return max(best, key=lambda target: sum(_width(target, sizes[i], multiple_of) for i in chosen))
+        target = max(best, key=lambda target: sum(_width(target, sizes[i], multiple_of) for i in chosen))
+        return target if allocation == "uniform" else {**target, "within": limit}
     least = min((group[0] for group in groups), key=pruned)
-    raise RequestError(
-        f"`{name}` is {spell(most)}; the smallest possible is {spell(pruned(least))}, with "
-        + ", ".join(f"`{key}` {value}" for key, value in least.items())
-    )
+    raise limit.unreachable(pruned(least), ", ".join(f"`{key}` {value}" for key, value in least.items()))
+
+
+def allocated_within(
+    limit: SizeLimit,
+    sizes: Mapping[int, int],
+    chosen: Sequence[int],
+    allocate: Callable[[int], Sequence[int]],
+    least: int,
+    *,
+    multiple_of: int = 1,
+    rounding: str = "down",
+) -> dict[str, Any]:
+    """The target of `make_plan` that removes least, such that the model with allocated widths is no larger than asked.
+
+    More neurons can be a smaller file: one where a width is a multiple of what is quantised together. So some budgets
+    are tried from the largest on, and then those between the first that fits and the one before it by bisection: the
+    next larger share is too large.
+
+    Args:
+      limit: what is asked for.
+      sizes: the width of each layer that stays, by index.
+      chosen: the indices of those that are pruned.
+      allocate: their widths for a budget of neurons in all.
+      least: the smallest budget.
+      multiple_of, rounding: as of `make_plan`, which is to take the target.
+
+    Returns:
+      A `width`, whose multiple is the budget; where the layers differ in width, a `prune_percent` in steps of a tenth.
+
+    Raises:
+      RequestError: it is larger however little is kept, and then the smallest possible is named.
+    """
+    of = [sizes[i] for i in chosen]
+
+    def budget(target: Mapping[str, Any]) -> int:
+        return sum(_wanted(target, size) for size in of)
+
+    def is_taken(target: Mapping[str, Any]) -> bool:
+        rounded = (rounded_width(_wanted(target, size), size, multiple_of, rounding) for size in of)
+        return all(0 < width < size for width, size in zip(rounded, of, strict=True)) and budget(target) >= least
+
+    def size(target: Mapping[str, Any]) -> int:
+        widths = allocate(budget(target))
+        return limit.size_of({**sizes, **dict(zip(chosen, widths, strict=True))})
+
+    targets = [target for target in _shares(of) if is_taken(target)]
+    if not targets:
+        raise RequestError(f"`multiple_of` {multiple_of} or `min_keep` leaves no share to remove; give a smaller one")
+    step = -(-len(targets) // _TRIED)
+    tried: dict[int, int] = {}
+    fits, too_large = -1, len(targets)
+    for i in [*range(len(targets) - 1, 0, -step), 0]:
+        tried[i] = size(targets[i])
+        if tried[i] <= limit.most:
+            fits = i
+            break
+        too_large = i
+    if fits < 0:
+        i = min(tried, key=tried.__getitem__)
+        share = ", ".join(f"`{key}` {value}" for key, value in targets[i].items())
+        raise limit.unreachable(tried[i], f"{share} and this allocation")
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        fits, too_large = (middle, too_large) if size(targets[middle]) <= limit.most else (fits, middle)
+    return targets[fits]
 
 
 def _parameters_of(config: ModelConfig) -> SizeOf:
@@ -130,7 +211,7 @@ def _candidates(sizes: Sequence[int], multiple_of: int, pad_to: int) -> list[lis
     one below are not, or less.
     """
     if len(set(sizes)) > 1:
-        shares = [{"prune_percent": (1000 - kept) / 10} for kept in range(999, 0, -1)]
+        shares = reversed(_shares(sizes))
         return [[share] for share in shares if all(0 < _width(share, size, multiple_of) < size for size in sizes)]
     groups: dict[int, list[dict[str, Any]]] = {}
     for width in range(multiple_of, sizes[0], multiple_of):
@@ -138,7 +219,19 @@ def _candidates(sizes: Sequence[int], multiple_of: int, pad_to: int) -> list[lis
     return list(groups.values())
 
 
+def _shares(sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The targets for layers of these sizes in the finest steps, from the one that keeps least on."""
+    if len(set(sizes)) > 1:
+        return [{"prune_percent": (1000 - kept) / 10} for kept in range(1, 1000)]
+    return [{"width": width} for width in range(1, sizes[0])]
+
+
+def _wanted(target: Mapping[str, Any], size: int) -> int:
+    """What a candidate asks for of a layer."""
+    width: int = target["width"] if "width" in target else width_for_percent(target["prune_percent"], size)
+    return width
+
+
 def _width(target: Mapping[str, Any], size: int, multiple_of: int) -> int:
     """What a candidate leaves of a layer."""
-    width = target["width"] if "width" in target else width_for_percent(target["prune_percent"], size)
-    return rounded_width(width, size, multiple_of)
+    return rounded_width(_wanted(target, size), size, multiple_of)

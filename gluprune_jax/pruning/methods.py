@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from gluprune_jax.parallel.distributed import min_over_processes
 from gluprune_jax.parallel.machine import host_memory
 from gluprune_jax.parallel.mesh import mesh_of, place, to_host
 from gluprune_jax.progress import Progress, no_progress
-from gluprune_jax.pruning.allocation import by_cost, by_score, layer_costs
+from gluprune_jax.pruning.allocation import by_cost, by_score, layer_costs, least_widths
+from gluprune_jax.pruning.budget import SizeLimit, allocated_within
 from gluprune_jax.pruning.calibration import collect, gram_folds, gram_matrices, sensitivities
 from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
@@ -316,7 +318,8 @@ class Chooser:
         Args:
           method: how.
           targets: arguments of `make_plan`: a target, `multiple_of`, `layers`, `drop_layers`; or in place of the last
-            `drop_least`, how many layers to drop (see `least_influential`).
+            `drop_least`, how many layers to drop (see `least_influential`). With an allocation also `within`:
+            the target becomes the one that keeps most of this limit (see `budget.target_within`).
 
         Raises:
           RequestError, OperationError: as for `make_plan`, `scores.score`, `allocation`, `least_squares` and
@@ -345,11 +348,10 @@ class Chooser:
 
     def _choose(self, method: Method, targets: Sequence[Mapping[str, Any]]) -> list[Pruned]:
         scores = self.scores(method.criterion, method.seed)
-        plans = [self._plan(method, scores, target) for target in targets]
+        pairs = [self._plan(method, scores, target) for target in targets]
         if method.sequential:
-            pairs = zip(targets, plans, strict=True)
             return [self._repaired(self._sequential(method, scores, *pair), method) for pair in pairs]
-        return self.repaired(plans, method)
+        return self.repaired([plan for _, plan in pairs], method)
 
     def repaired(self, plans: Sequence[PruningPlan], method: Method) -> list[Pruned]:
         """Refits and reconstructs for plans as a method says, whatever chose them; all refits take one pass.
@@ -378,37 +380,44 @@ class Chooser:
         texts = pruned.plan.calibration or describe_windows(self._text(), self._names, self._date)
         return dataclasses.replace(pruned, plan=pruned.plan.compensated_on(texts, method.compensate))
 
-    def _plan(self, method: Method, scores: Scores, target: Mapping[str, Any]) -> PruningPlan:
+    def _plan(self, method: Method, scores: Scores, target: Mapping[str, Any]) -> tuple[Mapping[str, Any], PruningPlan]:
+        """The target as `make_plan` takes it, and a plan."""
+        within: SizeLimit | None = target.get("within")
+        target = {name: value for name, value in target.items() if name != "within"}
         uniform = make_plan(scores, **target)
         if method.allocation == "uniform":
-            return uniform
+            return target, uniform
         chosen = chosen_layers(len(scores.values), target.get("layers"), target.get("drop_layers", ()))
         sizes = [scores.intermediate_sizes[i] for i in chosen]
-        multiple_of = target.get("multiple_of", 1)
-        share = {key: value for key, value in target.items() if key in ("expansion_ratio", "prune_percent", "width")}
-        if not share:
+        shares = ("expansion_ratio", "prune_percent", "width")
+        if not any(name in target for name in shares):
             raise RequestError(f"`allocation` {method.allocation} divides a width over the layers; give one")
-        budget = sum(target_width(size, scores.hidden_size, **share) for size in sizes)
         about: dict[str, Any] = {"method": method.allocation, "floor": method.min_keep}
+        rules: dict[str, Any] = {"min_keep": method.min_keep, "multiple_of": target.get("multiple_of", 1)}
+        allocate: Callable[[int], list[int]]
         if method.allocation == "global":
-            values = [scores.values[i] for i in chosen]
-            found = by_score(values, budget, min_keep=method.min_keep, multiple_of=multiple_of)
+            allocate = functools.partial(by_score, [scores.values[i] for i in chosen], **rules)
         else:
             with self._layers("measuring layers") as progress:
                 grams = self._grams() if method.is_compensated else None
                 costs = layer_costs(self._model, self._text(), uniform, grams=grams, on_layer=progress)
-            found = by_cost(
-                [costs[i] for i in chosen], sizes, budget, min_keep=method.min_keep, multiple_of=multiple_of
-            )
+            allocate = functools.partial(by_cost, [costs[i] for i in chosen], sizes, **rules)
             about["costs"] = [round(cost, 6) for cost in costs]
             if scores.calibration is None:
                 scores = dataclasses.replace(
                     scores, calibration=describe_windows(self._text(), self._names, self._date)
                 )
+        if within is not None:
+            rounding = {name: target[name] for name in ("multiple_of", "rounding") if name in target}
+            staying = {i: size for i, size in enumerate(scores.intermediate_sizes) if i not in uniform.dropped_layers}
+            found = allocated_within(within, staying, chosen, allocate, sum(least_widths(sizes, **rules)), **rounding)
+            target = {**{name: value for name, value in target.items() if name not in shares}, **found}
+        share = {name: target[name] for name in shares if name in target}
+        budget = sum(target_width(size, scores.hidden_size, **share) for size in sizes)
         widths = list(scores.intermediate_sizes)
-        for i, width in zip(chosen, found, strict=True):
+        for i, width in zip(chosen, allocate(budget), strict=True):
             widths[i] = width
-        return make_plan(scores, **target, widths=widths, allocation=about)
+        return target, make_plan(scores, **target, widths=widths, allocation=about)
 
     def _sequential(self, method: Method, scores: Scores, target: Mapping[str, Any], plan: PruningPlan) -> Pruned:
         needs = method.needs_statistics

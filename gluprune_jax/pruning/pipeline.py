@@ -19,7 +19,7 @@ from gluprune_jax.data.documents import Document, read_calibration
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
-from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, check_budget_allowed, target_within
+from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, target_within
 from gluprune_jax.pruning.choices import MIN_KEEP
 from gluprune_jax.pruning.criteria import find_criterion, inputs_of
 from gluprune_jax.pruning.methods import Chooser, Method, Pruned, calibration_texts
@@ -106,9 +106,10 @@ def prune_model(
       expansion_ratio: target of intermediate size over hidden size; a string keeps its decimal digits.
       width: target intermediate size.
       target_parameters: how many parameters the model may have, such as "1.0B": the width is the largest with which it
-        has no more (with an allocation, the share of neurons that stays is that of this width).
+        has no more; with an allocation, the share of neurons is.
       target_bytes: how large its files may be, such as "700MB", likewise.
-      target_type: of the files that `target_bytes` is of: "hf", "orbax", or of GGUF files, such as "Q4_K_M".
+      target_type: of the files that `target_bytes` is of: "hf", in which layers of different widths are padded to the
+        widest, "orbax", or of GGUF files as `convert.save` writes them, such as "Q4_K_M".
       layers: indices of the layers to prune; all that stay when None.
       multiple_of: widths are rounded down to a multiple of this.
       runtime: rounds widths to the nearest multiple that this one takes well, one of `targets.RUNTIMES`.
@@ -138,7 +139,6 @@ def prune_model(
     if target_parameters is not None or target_bytes is not None:
         if (prune_percent, expansion_ratio, width) != (None, None, None):
             raise RequestError(f"one target is given alone: {' or '.join(f'`{name}`' for name in ALL_TARGETS)}")
-        check_budget_allowed(method.allocation, target_bytes is not None)
         found = target_within(
             checkpoint.model.config,
             target_parameters=None if target_parameters is None else str(target_parameters),
@@ -148,6 +148,7 @@ def prune_model(
             pad_to=pad_to,
             layers=layers,
             drop_layers=drop_layers,
+            allocation=method.allocation,
         )
     names = calibration_texts(
         [method], [str(name) for name in calibration or ()], has_statistics=statistics is not None

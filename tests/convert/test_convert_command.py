@@ -205,7 +205,13 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], Any], int, str]] = {
         "the output model is or",
     ),
     "output": (["model", "."], no_change, 2, "is the working folder or holds it"),
-    "mixtral": (["model", "out"], change_config(model_type="mixtral"), 2, "model/config.json has model_type 'mixtral'"),
+    "mixtral": (
+        ["model", "out"],
+        change_config(model_type="mixtral"),
+        2,
+        r"model/config.json has architectures \['LlamaForCausalLM'\]; supported is .* for mixtral",
+    ),
+    "qwen2": (["model", "out"], change_config(model_type="qwen2_moe"), 2, "config.json has model_type 'qwen2_moe'"),
     "gemma": (["model", "out"], change_config(model_type="gemma4"), 2, "model/config.json has model_type 'gemma4'"),
     "rope": (
         ["model", "out"],

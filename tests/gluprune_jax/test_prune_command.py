@@ -434,7 +434,7 @@ WIDTH = ("--width", "50")
         (nothing, ("--target-bytes", "many"), 2, ("--target-bytes is 'many'",)),
         (nothing, ("--target-parameters", "many"), 2, ("--target-parameters is 'many'", "1.0B")),
         (nothing, ("--target-parameters", "1k"), 2, ("the smallest possible is", "with --width 1")),
-        (nothing, ("--target-bytes", "200kB", "--allocation", "global"), 2, ("--target-bytes does not go with",)),
+        (nothing, ("--target-bytes", "1kB", "--allocation", "global"), 2, ("the smallest possible is",)),
         (nothing, (*WIDTH, "--prune-percent", "10"), 2, ("not allowed with",)),
     ],
 )

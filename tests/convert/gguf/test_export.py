@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import convert
 from convert.__main__ import main
 from convert.gguf import file_writer
 from convert.huggingface.safetensors import TensorReader
-from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.errors import OperationError
 from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.prune import main as prune
 
@@ -133,6 +134,49 @@ def test_layers_of_different_widths(capsys: Capture) -> None:
     assert weights("uniform.gguf") == weights("hf")
 
 
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("allocation", "method"),
+    [
+        ("global", ()),
+        ("measured", ()),
+        ("global", ("--criterion", "wanda", "--sequential", "--compensate", "least-squares")),
+    ],
+)
+def test_an_allocation_within_a_number_of_bytes(capsys: Capture, allocation: str, method: Sequence[str]) -> None:
+    config = hf_config(vocab_size=VOCABULARY, intermediate_size=160)
+    tensors = hf_tensors(config)
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= np.linspace(0.1, 1, 160, dtype=np.float32)[:, None]
+    write_folder(Path("model"), config, tensors)
+    Path("text.txt").write_text("the cat sat on the mat, and the dog lay on the rug. " * 40)
+    argv: list[object] = ["--model", "model", "--allocation", allocation, *method, "--overwrite"]
+    if allocation == "measured" or method:
+        argv += ["--calibration-data", "text.txt", "--sequence-length", 16]
+    whole = Path("dense.gguf")
+    assert run(main, capsys, "model", whole, "--gguf-type", "F16")[0] == 0
+    most = whole.stat().st_size * 8 // 10
+    asked = ("--target-bytes", most, "--target-type", "F16", "--gguf-type", "F16", "--output", "out.gguf")
+    found = report(prune, capsys, *argv, *asked)
+    assert 0.9 * most < Path("out.gguf").stat().st_size <= most
+    assert len(set(found["after"]["intermediate_sizes"])) > 1
+    assert found["plan"]["request"]["allocation"]["method"] == allocation
+    if allocation == "global":  # costs are measured at the share without an allocation, which the limit alone says
+        argv += ["--width", found["plan"]["request"]["width"]]
+        assert report(prune, capsys, *argv, "--output", "2.gguf")["plan"] == found["plan"]
+        del argv[-2:]
+    # A folder holds zeros up to the widest layer, which is said.
+    dense = found["before"]["bytes"]
+    status, _, err = run(prune, capsys, *argv, "--target-bytes", dense * 9 // 10, "--output", "hf")
+    assert status == 0, err
+    assert "--target-bytes counts them padded to the widest; --target-type orbax counts true widths" in err
+    stored = sum(array.nbytes for array in load_file("hf/model.safetensors").values())
+    assert dense * 8 // 10 < stored <= dense * 9 // 10
+    status, _, err = run(prune, capsys, *argv, "--target-bytes", dense // 2, "--output", "hf", "--min-keep", "0.6")
+    assert (status, err.count("error")) == (2, 1)
+    assert "; the smallest possible is " in err
+    assert err.endswith(" and this allocation\n")
+
+
 def test_the_base_model_on_the_hub(model: Path) -> None:
     checkpoint = convert.load(model)
     object.__setattr__(checkpoint, "source", "owner/tiny-model")
@@ -190,15 +234,19 @@ def test_what_has_no_form_is_refused_before_anything_is_pruned(model: Path, caps
     assert os.listdir() == ["model"]
 
 
-def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path, capsys: Capture) -> None:
+def test_a_mixture_that_llama_cpp_cannot_express_is_refused_before_anything_is_pruned(
+    tmp_path: Path, capsys: Capture
+) -> None:
     folder = write_mixture(tmp_path / "mixture", MIXTURES["olmoe"])
-    status, _, err = run(prune, capsys, "--model", folder, "--width", 8, "--output", tmp_path / "out.gguf")
+    argv = ("--model", folder, "--width", 8, "--output")
+    status, _, err = run(prune, capsys, *argv, tmp_path / "out.gguf")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "llama.cpp's architecture 'olmoe' cannot express clip_qkv = 0.7" in err
+    assert err.endswith("; write --format hf\n")
+    status, _, err = run(prune, capsys, *argv, tmp_path / "out", "--format", "orbax")
     assert status == 2
-    assert f"--format gguf cannot be given for {folder}: a mixture of experts" in err
-    mixture = convert.open_mixture(folder)
-    assert mixture is not None
-    with pytest.raises(RequestError, match=r"^`format` gguf is written of dense models, and .*mixture is a mixture of"):
-        convert.save(mixture, tmp_path / "out.gguf", formats=["gguf"])
+    assert f"--format orbax cannot be given for {folder}: a mixture of experts" in err
+    assert os.listdir(tmp_path) == ["mixture"]
 
 
 def test_weights_that_are_not_finite(tmp_path: Path, capsys: Capture) -> None:

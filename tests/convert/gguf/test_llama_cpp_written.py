@@ -17,7 +17,7 @@ from convert.gguf.export import GGUFOptions
 from convert.gguf.file import read_header
 from convert.gguf.quantize import quantize_file
 from convert.gguf.reader import read_gguf
-from convert.gguf.writer import Widths
+from convert.gguf.widths import Widths
 from gluprune_jax.models.parameters import parameters_of
 
 ROW = np.random.default_rng(0).integers(3, 250, 24).tolist()
