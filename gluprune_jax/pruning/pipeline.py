@@ -10,6 +10,7 @@ convert.save(pruned, "smollm2-p20")
 import datetime
 from collections.abc import Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -93,6 +94,7 @@ def prune_model(
     statistics: Statistics | str | PathLike[str] | None = None,
     seed: int = 0,
     date: datetime.date | None = None,
+    cache: str | PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> C:
     """Prunes a model: weights, architecture and history of the result are those that the command writes.
@@ -125,6 +127,8 @@ def prune_model(
       seed: of criteria that draw random numbers.
       date: the day that a chat template writes into conversations, where it writes one; otherwise today, which the
         history says.
+      cache: a folder where reconstruction keeps finished layers until all are, so that the same call goes on after an
+        interruption.
       progress: is told what is being done.
 
     Raises:
@@ -171,6 +175,7 @@ def prune_model(
         date=date,
         statistics=statistics,
         refits=method.needs_grams,
+        cache=None if cache is None else Path(cache),
         progress=progress,
     )
     # 20 and 20.0 are the same request, and read the same in the history.

@@ -21,9 +21,9 @@ ROUNDINGS = ("down", "nearest")
 
 
 # The multiples that runtimes take well, from what each was seen to do (docs/prune.md): of other widths llama.cpp leaves
-# down projections in F16, MLX in the dtype that they have, and OpenVINO exports none in 4 bits. vLLM divides an MLP among
-# devices only where their number divides the width; 8 is a machine's. The others, among them the TPU compiler, lost
-# nothing by odd widths.
+# down projections in F16, MLX in the dtype that they have, and OpenVINO exports none in 4 bits. Several devices share
+# an MLP in vLLM only where their number divides its width; 8 are those of a machine. The others, among them the TPU
+# compiler, lost nothing by odd widths.
 RUNTIMES: Mapping[str, int] = {
     "llama.cpp": 256,
     "mlx": 64,

@@ -459,6 +459,29 @@ def test_the_command_writes_what_the_library_does_and_records_it(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 50
 
 
+def test_prune_model_goes_on_from_the_layers_in_its_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = {"calibration": [folder / "text.txt"], "calibration_tokens": 640, "sequence_length": 32}
+    asked = {**text, "method": "hybrid+reconstruct", "prune_percent": 40, "cache": tmp_path}
+    dense, whole, fitted = convert.load(folder / "model"), reconstruction.reconstruct_layer, []
+
+    def fit(*args: Any, **rest: Any) -> Any:
+        if len(fitted) == 2:
+            raise KeyboardInterrupt
+        fitted.append(1)
+        return whole(*args, **rest)
+
+    monkeypatch.setattr(reconstruction, "reconstruct_layer", fit)
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(dense, **asked)
+    fitted.clear()
+    again = prune_model(dense, **asked)
+    assert len(fitted) == dense.config.num_hidden_layers - 2
+    monkeypatch.setattr(reconstruction, "reconstruct_layer", whole)
+    assert again.history == prune_model(dense, **asked | {"cache": None}).history
+
+
 def test_a_plan_is_replayed_with_its_repair_and_not_without_text(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     repair = ("--compensate", "reconstruct")
     report(capsys, *options(folder), "--prune-percent", 40, *repair, "--output", tmp_path / "out")
