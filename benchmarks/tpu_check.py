@@ -41,9 +41,9 @@ from rich.table import Table
 from shapes import HF_CONFIGS, shapes_of
 
 from gluprune_jax.errors import RequestError
-from gluprune_jax.inference.engine import SCORED_TOKENS, rows, score_tokens
-from gluprune_jax.inference.generation import STEPS_PER_CALL, DecodeState, Sampling, admit, decode
-from gluprune_jax.inference.prefill import append, extend
+from gluprune_jax.inference.engine import SCORED_TOKENS, score_tokens, whole_rows
+from gluprune_jax.inference.generation import STEPS_PER_CALL, DecodeState, Sampling, whole_admit, whole_decode
+from gluprune_jax.inference.prefill import append, whole_extend
 from gluprune_jax.models.attention import KEY_BLOCK
 from gluprune_jax.models.cache import KVCache, LayerCache
 from gluprune_jax.models.config import ModelConfig
@@ -304,24 +304,24 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
         "slice gate": Program(slice_neurons, (0, -kept % case.mesh.model, gate, integers(kept)), "slice"),
         "slice down": Program(slice_neurons, (1, -kept % case.mesh.model, down, integers(kept)), "slice"),
         "rows": Program(
-            rows,
+            whole_rows,
             (*model, cache(R, HEADER), *(batch(R * case.rows, CHUNK),) * 3, masks),
             "forward",
             row_tokens,
             need=need["rows"],
         ),
         "extend": Program(
-            extend, (*model, cache(R, HEADER), batch(R, CHUNK), masks), "forward", CHUNK, need=need["extend"]
+            whole_extend, (*model, cache(R, HEADER), batch(R, CHUNK), masks), "forward", CHUNK, need=need["extend"]
         ),
-        "extend a long text": Program(extend, (*model, cache(R, LONG), batch(R, CHUNK), masks), "forward", CHUNK),
+        "extend a long text": Program(whole_extend, (*model, cache(R, LONG), batch(R, CHUNK), masks), "forward", CHUNK),
         "append": Program(append, (cache(R, HEADER), cache(R, CHUNK).layers, integers(R)), "append"),
         "score tokens": Program(score_tokens, (*model, *asked), "score tokens", ASKED, need=need["score tokens"]),
         "admit": Program(
-            admit,
+            whole_admit,
             (*model, state, cache(R, HEADER), batch(R, D, dtype=DTYPE), *(integers(R),) * 2, integers(), sampling),
             "admit",
         ),
-        "decode": Program(decode, (*model, state, sampling, masks), "decode", SLOTS, need=need["decode"]),
+        "decode": Program(whole_decode, (*model, state, sampling, masks), "decode", SLOTS, need=need["decode"]),
         "Gram matrix": Program(
             observe_layer, (*step, batch(windows, CHUNK), stream, sums), "calibration", BATCH_TOKENS, held
         ),

@@ -316,11 +316,10 @@ def _sweep(request: SweepRequest, command: str) -> None:
             own = stack.enter_context(opened(pruned))
             models = [own] if pruned is None or not keys else [stack.enter_context(opened(None)), own]
             stems = {}
+            whole = ask(own, [one for one in loaded if one.benchmark.name not in keys])
             for one in loaded:
                 name = one.benchmark.name
-                result = (
-                    _ask_until_decided(ask, rows, known, models, one, keys[name]) if name in keys else ask(own, one)
-                )
+                result = _ask_until_decided(ask, rows, known, models, one, keys[name]) if name in keys else next(whole)
                 stored = own.folder.save(result)
                 stems[name] = stored.file_stem
                 of = f" of {len(keys[name]):,}" if name in keys else ""
@@ -528,27 +527,27 @@ def _ask(
     command: str,
     limits: Mapping[str, eval_options.Limit | None],
     model: _Model,
-    benchmark: Any,
+    benchmarks: Sequence[Any],
     chosen: Collection[tuple[str, int]] | None = None,
-) -> Result:
-    """Evaluates a model on a benchmark, or on the items of it that are chosen."""
+) -> Iterator[Result]:
+    """Evaluates a model on benchmarks, or on the items of them that are chosen, as their results are asked for."""
     from evals.harness.run import evaluate
 
-    (result,) = evaluate(
+    for result in evaluate(
         model.lm,
-        [benchmark],
-        limit=limits[benchmark.benchmark.name],
+        benchmarks,
+        limit=limits,
         apply_chat_template=request.apply_chat_template,
         journal=model.folder.journal,
         about={"command": command, "revision": request.revision, "data": request.benchmark_data},
         chosen=chosen,
-    )
-    check_is_mean(result)
-    return result
+    ):
+        check_is_mean(result)
+        yield result
 
 
 def _ask_until_decided(
-    ask: Callable[..., Result],
+    ask: Callable[..., Iterator[Result]],
     rows: ResumableRows,
     baselines: Mapping[str, Mapping[str, Outcomes]],
     models: Sequence[_Model],
@@ -565,7 +564,7 @@ def _ask_until_decided(
     name = benchmark.benchmark.name
     points = [Variant(DENSE, DENSE, 0.0, 0.0), Variant("pruned", "", 0.0, 0.0)][: len(models)]
     for chosen in looks(draw_order(keys)):
-        results = [ask(model, benchmark, frozenset(chosen)) for model in models]
+        results = [next(ask(model, [benchmark], frozenset(chosen))) for model in models]
         scores = [Score.of(outcomes_of_items(result.items, result.metric)) for result in results]
         studied = StudiedBenchmark(
             name,

@@ -107,15 +107,17 @@ def _run(request: EvaluateRequest, plan: PruningPlan | None, command: str) -> No
             "data": request.benchmark_data,
             "batch_size": request.batch_size,
         }
-        for one in loaded:
-            (result,) = evaluate(
-                lm,
-                [one],
-                limit=suite_limit if limits is None else eval_options.items_per_task(limits, one, loaded),
-                apply_chat_template=request.apply_chat_template,
-                journal=folder.journal,
-                about=about,
-            )
+        for result in evaluate(
+            lm,
+            loaded,
+            limit={
+                one.benchmark.name: suite_limit if limits is None else eval_options.items_per_task(limits, one, loaded)
+                for one in loaded
+            },
+            apply_chat_template=request.apply_chat_template,
+            journal=folder.journal,
+            about=about,
+        ):
             results.append(folder.save(result))
             _report(results[-1], setting)
     finished = [SettingResults(folder.path, setting, tuple(results))]

@@ -15,7 +15,7 @@ from evals.efficiency.energy import EnergyMeter
 from evals.efficiency.workloads import Workload
 from gluprune_jax import generate
 from gluprune_jax.errors import OperationError
-from gluprune_jax.inference.generation import Sampling, decode, empty_state, slots_for
+from gluprune_jax.inference.generation import Sampling, empty_state, slots_for, whole_decode
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import mesh_of, shape_of, use_mesh
 
@@ -143,7 +143,7 @@ def decode_memory(model: Decoder, batch: int, longest: int) -> int | None:
     with use_mesh(mesh):
         state = jax.eval_shape(lambda: empty_state(config, slots, slots_for(longest), dtype))
         sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
-        analysis = decode.lower(config, params, state, sampling, None).compile().memory_analysis()
+        analysis = whole_decode.lower(config, params, state, sampling, None).compile().memory_analysis()
     if analysis is None:
         return None
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes

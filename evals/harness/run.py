@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import math
 import numbers
@@ -37,6 +38,8 @@ from evals.results.outcomes import check_is_mean
 from evals.results.store import Result
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError, is_out_of_memory, shortened
 from gluprune_jax.files.records import json_digest
+
+Limit = int | float  # items of each task, or below 1 a share of them
 
 _REHEARSED = 2  # items of each task
 _TEMPLATES = 1024  # kept compiled; a task has about five
@@ -108,7 +111,7 @@ def evaluate(
     lm: Any,
     loaded: Iterable[LoadedBenchmark],
     *,
-    limit: int | float | None = None,
+    limit: Limit | Mapping[str, Limit | None] | None = None,
     apply_chat_template: bool = False,
     journal: Journal | None = None,
     bootstrap_iterations: int = ITERATIONS,
@@ -116,6 +119,10 @@ def evaluate(
     chosen: Collection[tuple[str, int]] | None = None,
 ) -> Iterator[Result]:
     """Runs benchmarks on a model and yields each result as soon as it is there.
+
+    Where several ask the same questions and offer other answers (TruthfulQA MC1 and MC2), the first has the answers of
+    all scored, so that each question is run once; the journal keeps them for the others. The seconds and the computed
+    requests of all are then those of the first.
 
     An item's outcome is a mapping: "task", "doc_id" (position in its split), "doc_hash" and "target_hash" (SHA-256 of
     item and answer, as lm-eval computes them), "responses" (for each request the responses, one unless the task asks
@@ -125,7 +132,7 @@ def evaluate(
     Args:
       lm: an `lm_eval.api.model.LM`.
       loaded: from `load_benchmarks`.
-      limit: the first so many items of each task; below 1, this share of them.
+      limit: the first so many items of each task; below 1, this share of them; or of each benchmark, by its name.
       apply_chat_template: wraps requests in the model's chat template, few-shot examples as turns of the conversation.
       journal: the one that `lm` writes its responses to, if it does.
       bootstrap_iterations: draws behind the standard errors that come by resampling.
@@ -137,9 +144,19 @@ def evaluate(
       GlupruneError: as `lm` raises it.
     """
     facts = _versions_and_devices() | dict(about or {})
-    for item in loaded:
-        with _asking(item, chosen):
-            yield _evaluate(item, lm, limit, apply_chat_template, journal, bootstrap_iterations, facts)
+    waiting = list(loaded)
+
+    def limit_of(item: LoadedBenchmark) -> Limit | None:
+        return limit[item.benchmark.name] if isinstance(limit, Mapping) else limit
+
+    while waiting:
+        item = waiting.pop(0)
+        alike = [other for other in waiting if _ask_the_same(item, other)]
+        if chosen is not None or journal is None:
+            alike = []
+        requests = [_log_likelihoods(other, lm, limit_of(other), apply_chat_template) for other in alike]
+        with _scoring_too(lm, list(itertools.chain(*requests)), journal), _asking(item, chosen):
+            yield _evaluate(item, lm, limit_of(item), apply_chat_template, journal, bootstrap_iterations, facts)
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -378,6 +395,70 @@ def _evaluate(
         about=about,
         items=items,
     )
+
+
+class _HeardError(Exception):
+    """Carries the requests of a benchmark, instead of having them answered."""
+
+    def __init__(self, requests: Sequence[Any]) -> None:
+        super().__init__()
+        self.requests = requests
+
+
+class _Listener:
+    """A model that only hears which log-likelihoods it is asked for."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lm, name)
+
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> None:
+        raise _HeardError(requests)
+
+
+def _log_likelihoods(loaded: LoadedBenchmark, lm: Any, limit: Limit | None, apply_chat_template: bool) -> Sequence[Any]:
+    """The requests for log-likelihoods that a benchmark will make."""
+    try:
+        _evaluate(loaded, _Listener(lm), limit, apply_chat_template, None, 0, {})
+    except _HeardError as heard:
+        requests: Sequence[Any] = heard.requests
+        return requests
+    return []
+
+
+@contextlib.contextmanager
+def _scoring_too(lm: Any, more: Sequence[Any], journal: Journal | None) -> Iterator[None]:
+    """In the block, a model that must compute log-likelihoods computes these too, and its journal keeps them."""
+    if not more or journal is None:
+        yield
+        return
+    compute = lm.loglikelihood
+
+    def compute_more(requests: Sequence[Any], **options: Any) -> Sequence[Any]:
+        is_known = all(journal.get("loglikelihood", request.args) is not None for request in requests)
+        answers: Sequence[Any] = compute([*requests, *([] if is_known else more)], **options)
+        return answers[: len(requests)]
+
+    lm.loglikelihood = compute_more
+    try:
+        yield
+    finally:
+        del lm.loglikelihood  # the class has the original
+
+
+def _ask_the_same(one: LoadedBenchmark, other: LoadedBenchmark) -> bool:
+    """Whether two benchmarks have log-likelihoods after the same questions."""
+    return not _questions(one).isdisjoint(_questions(other))
+
+
+def _questions(loaded: LoadedBenchmark) -> set[tuple[Any, ...]]:
+    """For each task that only scores answers, the data and the template of its questions."""
+    tasks = [task for task in loaded.tasks["tasks"].values() if task.OUTPUT_TYPE == "multiple_choice"]
+    names = ("dataset_path", "dataset_name", "test_split", "validation_split", "num_fewshot", "doc_to_text")
+    templated = [task for task in tasks if isinstance(task.get_config("doc_to_text"), str)]
+    return {tuple(task.get_config(name) for name in names) for task in templated}
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ class Result:
       tasks: by name, each task's and sub-group's version, number of items and metrics.
       num_items: how many items.
       requests: how many requests to the model they took.
-      computed: how many different requests this run computed; the others had been answered before.
+      computed: how many different requests this run computed; the others had been answered before. Benchmarks that ask
+        the same questions are computed with the first of them, and counted there.
       truncated: how many requests had their context cut to the window; None if the model does not say.
       seconds: wall time of this run for this benchmark.
       bootstrap_iterations: draws behind the standard errors that come by resampling.

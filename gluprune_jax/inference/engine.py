@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
+from gluprune_jax.inference.by_layers import run_layers, runs_by_layers
 from gluprune_jax.inference.generation import generate, slots_for
 from gluprune_jax.inference.prefill import CHUNKS, Chunk, append, cache_slots, chunk_sizes, chunks, extend
 from gluprune_jax.inference.prefix_tree import Extend, Row, Span, divide, schedule
@@ -314,8 +315,8 @@ class Engine:
                 n = len(row.tokens)
                 tokens[i, :n], positions[i, :n], ends[i, :n] = row.tokens, row.positions, row.subtree_ends
                 held[replica] = row.start
-        placed = (place(self.mesh, values, "batch", None) for values in (tokens, positions, ends))
-        hidden: Array = rows(self.model.config, self.params, cache.holding(held), *placed, self._masks)
+        a, b, c = (place(self.mesh, values, "batch", None) for values in (tokens, positions, ends))
+        hidden = rows(self.model.config, self.params, cache.holding(held), a, b, c, self._masks)
         block_on_cpu(self.mesh, hidden)
         if (at_once, length) not in self._proven:
             hidden.block_until_ready()  # elsewhere nobody would know which batch was too large
@@ -525,7 +526,6 @@ class _Scorer:
 # ------------------------------------------------------------------------------------------------ compiled programs
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def rows(
     config: ModelConfig,
     params: nnx.State[Any, Any],
@@ -536,6 +536,24 @@ def rows(
     neuron_masks: tuple[ArrayLike, ...],
 ) -> Array:
     """Hidden states `[R, B * T, D]` of rows `tokens [R * B, T]`, B in each replica, standing on its row of `cache`."""
+    if runs_by_layers():
+        hidden, _ = run_layers(config, params, cache, tokens, positions, subtree_ends, neuron_masks)
+        return hidden.reshape(cache.lengths.shape[0], -1, hidden.shape[-1])
+    whole: Array = whole_rows(config, params, cache, tokens, positions, subtree_ends, neuron_masks)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_rows(
+    config: ModelConfig,
+    params: nnx.State[Any, Any],
+    cache: KVCache,
+    tokens: Array,
+    positions: Array,
+    subtree_ends: Array,
+    neuron_masks: tuple[ArrayLike, ...],
+) -> Array:
+    """`rows` as one program."""
     chex.assert_is_divisible(tokens.shape[0], cache.lengths.shape[0])
     hidden, _ = bind(config, params)(tokens, positions, [cache], subtree_ends, neuron_masks)
     return hidden.reshape(cache.lengths.shape[0], -1, hidden.shape[-1])

@@ -29,11 +29,28 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
+from gluprune_jax.inference.by_layers import (
+    Ends,
+    Weights,
+    bind_ends,
+    bind_layer,
+    ends_of,
+    layers_of,
+    runs_by_layers,
+)
 from gluprune_jax.inference.prefill import CHUNKS, Chunk, append, cache_slots, chunks, extend
 from gluprune_jax.models.attention import Slots
-from gluprune_jax.models.cache import KVCache, per_cache_row, to_tiles, with_bounds, write_layer
+from gluprune_jax.models.cache import (
+    KVCache,
+    LayerCache,
+    LayerView,
+    per_cache_row,
+    to_tiles,
+    with_bounds,
+    write_layer,
+)
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.models.decoder import Decoder, embed
 from gluprune_jax.models.parameters import bind
 from gluprune_jax.parallel.mesh import mesh_of, place, shape_of, use_mesh
 from gluprune_jax.parallel.sharding import constrain, is_divided
@@ -308,7 +325,6 @@ def release(state: DecodeState, slot: ArrayLike) -> DecodeState:
     return state._replace(cache=state.cache._replace(lengths=lengths), remaining=remaining)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def admit(
     config: ModelConfig,
     params: nnx.State[Any, Any],
@@ -336,23 +352,34 @@ def admit(
     Returns:
       The new state, and the chosen tokens `[R]` int32.
     """
+    layers = None
+    if runs_by_layers():
+        layers = tuple(fill_layer(*pair, slots) for pair in zip(state.cache.layers, prompts.layers, strict=True))
+        state, prompts = state._replace(cache=state.cache._replace(layers=())), prompts._replace(layers=())
+    token: Array
+    state, token = whole_admit(config, params, state, prompts, hidden, slots, numbers, max_new_tokens, sampling)
+    return state if layers is None else state._replace(cache=state.cache._replace(layers=layers)), token
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def whole_admit(
+    config: ModelConfig,
+    params: nnx.State[Any, Any],
+    state: DecodeState,
+    prompts: KVCache,
+    hidden: Array,
+    slots: ArrayLike,
+    numbers: ArrayLike,
+    max_new_tokens: ArrayLike,
+    sampling: Sampling,
+) -> tuple[DecodeState, Array]:
+    """`admit` as one program; of the caches those layers that it is given."""
     slots, numbers = jnp.asarray(slots, jnp.int32), jnp.asarray(numbers, jnp.int32)
     chex.assert_shape([slots, numbers], prompts.lengths.shape)
     chex.assert_shape(hidden, (*prompts.lengths.shape, config.hidden_size))
     token = choose(bind(config, params).logits(hidden), sampling, numbers, prompts.lengths)
     ended = (token == NON_FINITE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
     remaining = jnp.where(ended, 0, jnp.asarray(max_new_tokens, jnp.int32) - 1)
-
-    def write_part(part: Array, prompt: Array, slot: Array) -> Array:
-        prompt = to_tiles(prompt) if part.ndim == 5 else prompt
-        start = [jnp.maximum(slot[0], 0), *[jnp.int32(0)] * (part.ndim - 1)]
-        there = jax.lax.dynamic_slice(part, start, prompt.shape)
-        return jax.lax.dynamic_update_slice(part, jnp.where(slot[0] < 0, there, prompt), start)
-
-    def write(layer: Slots, prompt: Array, slot: Array) -> Slots:
-        if isinstance(layer, tuple):
-            return tuple(write_part(part, prompt[:, :, a:b], slot) for part, (a, b) in with_bounds(layer))
-        return write_part(layer, prompt[:, :, : layer.shape[2]], slot)
 
     B, R = state.token.shape[0], slots.shape[0]
     at = jnp.where(slots < 0, B, jnp.arange(R) * (B // R) + slots)  # B is out of range, and dropped
@@ -361,13 +388,31 @@ def admit(
         return constrain(old.at[at].set(new, mode="drop"))
 
     filled = jnp.where(remaining > 0, prompts.lengths, 0)
-    layers = per_cache_row(write, state.cache.layers, prompts.layers, slots)
+    layers = per_cache_row(_fill, state.cache.layers, prompts.layers, slots)
     cache = KVCache(layers, put(state.cache.lengths, filled))
     state = DecodeState(cache, put(state.token, token), put(state.remaining, remaining), put(state.number, numbers))
     return state, token
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, donate_argnums=0)
+def fill_layer(layer: LayerCache, prompts: LayerCache, slots: ArrayLike) -> LayerCache:
+    """Copies a layer of prompts `[R, K, S, H]` into those slots of it, -1 for none; `layer` is donated."""
+    return per_cache_row(_fill, (layer,), (prompts,), slots)[0]
+
+
+def _fill(layer: Slots, prompt: Array, slot: Array) -> Slots:
+    if isinstance(layer, tuple):
+        return tuple(_fill_part(part, prompt[:, :, a:b], slot) for part, (a, b) in with_bounds(layer))
+    return _fill_part(layer, prompt[:, :, : layer.shape[2]], slot)
+
+
+def _fill_part(part: Array, prompt: Array, slot: Array) -> Array:
+    prompt = to_tiles(prompt) if part.ndim == 5 else prompt
+    start = [jnp.maximum(slot[0], 0), *[jnp.int32(0)] * (part.ndim - 1)]
+    there = jax.lax.dynamic_slice(part, start, prompt.shape)
+    return jax.lax.dynamic_update_slice(part, jnp.where(slot[0] < 0, there, prompt), start)
+
+
 def decode(
     config: ModelConfig,
     params: nnx.State[Any, Any],
@@ -384,39 +429,137 @@ def decode(
       which each row's begin as lengths; and `[B, STEPS_PER_CALL]` int32 new tokens, -1 where a sequence had already
       ended.
     """
+    if not runs_by_layers():
+        whole: tuple[DecodeState, KVCache, Array] = whole_decode(config, params, state, sampling, neuron_masks)
+        return whole
+    cache, ends, weights = state.cache, ends_of(params), list(layers_of(config, params))
+    rest = state._replace(cache=cache._replace(layers=()))
+    recent = list(_recent(config, state).layers)
+    x, steps = begin_steps(config, ends, rest)
+    for _ in range(STEPS_PER_CALL):
+        before = steps.remaining
+        for n, (i, own) in enumerate(weights):
+            mask = None if neuron_masks is None else neuron_masks[n]
+            old = *cache.layers[n], cache.lengths
+            x, recent[n] = decode_layer(config, i, own, x, old, recent[n], steps.taken, mask)
+        x, steps = end_step(config, ends, rest, x, steps, sampling)
+        if not np.asarray(before).any():  # not what this step has left, which is being computed
+            break
+    state = DecodeState(cache._replace(lengths=steps.lengths), steps.token, steps.remaining, state.number)
+    return state, KVCache(tuple(recent), cache.lengths), steps.out
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def whole_decode(
+    config: ModelConfig,
+    params: nnx.State[Any, Any],
+    state: DecodeState,
+    sampling: Sampling,
+    neuron_masks: tuple[ArrayLike, ...] | None,
+) -> tuple[DecodeState, KVCache, Array]:
+    """`decode` as one program."""
     chex.assert_shape([state.token, state.remaining, state.number], state.cache.lengths.shape)
     model = bind(config, params)
     # The large cache is only read within the loop: written there, XLA would copy all of it at every step.
-    old, B = state.cache, state.token.shape[0]
-    recent = KVCache.empty(config, B, STEPS_PER_CALL, jax.tree.leaves(old.layers)[0].dtype)
-    out = jnp.full((B, STEPS_PER_CALL), -1, jnp.int32)
+    old = state.cache
 
-    def step(carry: tuple[Array, Array, Array, KVCache, Array]) -> tuple[Array, Array, Array, KVCache, Array]:
-        i, token, remaining, recent, out = carry
-        running = remaining > 0
-        hidden, new = model(token[:, None], caches=[old, recent], neuron_masks=neuron_masks)
-        # All rows at the same slot: those that still run have as many tokens, and what the others hold is not used.
-        layers = jax.tree.map(
-            lambda slots, fresh: jax.lax.dynamic_update_slice_in_dim(slots, fresh.astype(slots.dtype), i, axis=2),
-            recent.layers,
-            new,
-        )
-        recent = KVCache(layers, constrain(recent.lengths + 1))
-        token = choose(model.logits(hidden[:, 0]), sampling, state.number, old.lengths + recent.lengths)
-        out = jax.lax.dynamic_update_index_in_dim(out, jnp.where(running, token, -1), i, axis=1)
-        ended = (token == NON_FINITE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
-        remaining = jnp.where(running & ~ended, remaining - 1, 0)
-        return i + 1, token, remaining, recent, constrain(out)
+    def step(carry: tuple[Array, KVCache, Steps]) -> tuple[Array, KVCache, Steps]:
+        i, recent, steps = carry
+        hidden, new = model(steps.token[:, None], caches=[old, recent], neuron_masks=neuron_masks)
+        layers = tuple(_at_step(*pair, i) for pair in zip(recent.layers, new, strict=True))
+        steps = _after_step(model, hidden, state, steps, sampling)
+        return i + 1, KVCache(layers, steps.taken), steps
 
-    def running(carry: tuple[Array, Array, Array, KVCache, Array]) -> Array:
-        return (carry[0] < STEPS_PER_CALL) & jnp.any(carry[2] > 0)
+    def running(carry: tuple[Array, KVCache, Steps]) -> Array:
+        return (carry[0] < STEPS_PER_CALL) & jnp.any(carry[2].remaining > 0)
 
-    carry = jnp.int32(0), state.token, state.remaining, recent, out
-    _, token, remaining, recent, out = jax.lax.while_loop(running, step, carry)
-    # An ended sequence is not attended to any more, so the others need not wait for its length.
-    cache = old._replace(lengths=constrain(jnp.where(remaining > 0, old.lengths + recent.lengths, 0)))
-    state = DecodeState(cache, constrain(token), constrain(remaining), constrain(state.number))
-    return state, recent._replace(lengths=constrain(old.lengths)), constrain(out)
+    _, recent, steps = jax.lax.while_loop(running, step, (jnp.int32(0), _recent(config, state), _no_steps(state)))
+    state = DecodeState(
+        old._replace(lengths=steps.lengths), constrain(steps.token), constrain(steps.remaining), constrain(state.number)
+    )
+    return state, recent._replace(lengths=constrain(old.lengths)), constrain(steps.out)
+
+
+class Steps(NamedTuple):
+    """What the steps of a call have come to.
+
+    Attributes:
+      taken: `[B]` int32, how many steps, for all rows the same.
+      token: `[B]` int32, the last token of each sequence.
+      remaining: `[B]` int32, how many more may follow.
+      lengths: `[B]` int32, how many tokens of each sequence its cache will hold; 0 for those that have ended: they are
+        not attended to any more, so the others need not wait for their length.
+      out: `[B, STEPS_PER_CALL]` int32 new tokens, -1 where a sequence had already ended.
+    """
+
+    taken: Array
+    token: Array
+    remaining: Array
+    lengths: Array
+    out: Array
+
+
+def _recent(config: ModelConfig, state: DecodeState) -> KVCache:
+    """Empty slots for the keys and values of a call."""
+    dtype = jax.tree.leaves(state.cache.layers)[0].dtype
+    return KVCache.empty(config, state.token.shape[0], STEPS_PER_CALL, dtype)
+
+
+def _no_steps(state: DecodeState) -> Steps:
+    out = jnp.full((state.token.shape[0], STEPS_PER_CALL), -1, jnp.int32)
+    return Steps(jnp.zeros_like(state.token), state.token, state.remaining, state.cache.lengths, out)
+
+
+def _at_step(recent: LayerCache, new: LayerCache, step: Array) -> LayerCache:
+    """All rows at the same slot: those that still run have as many tokens, and what the others hold is not used."""
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+    updated: LayerCache = jax.tree.map(lambda slots, x: update(slots, x.astype(slots.dtype), step), recent, new)
+    return updated
+
+
+def _after_step(model: Decoder, hidden: Array, state: DecodeState, steps: Steps, sampling: Sampling) -> Steps:
+    """Adds a step whose hidden states are `[B, 1, D]`; `state` is that before the first."""
+    running, taken, before = steps.remaining > 0, constrain(steps.taken + 1), state.cache.lengths
+    token = choose(model.logits(hidden[:, 0]), sampling, state.number, before + taken)
+    new = jnp.where(running, token, -1)
+    out = constrain(jax.lax.dynamic_update_index_in_dim(steps.out, new, steps.taken[0], axis=1))
+    ended = (token == NON_FINITE) | jnp.isin(token, jnp.asarray(sampling.eos_ids))
+    remaining = jnp.where(running & ~ended, steps.remaining - 1, 0)
+    lengths = constrain(jnp.where(remaining > 0, before + taken, 0))
+    return Steps(taken, token, remaining, lengths, out)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin_steps(config: ModelConfig, ends: Ends, state: DecodeState) -> tuple[Array, Steps]:
+    """The residual stream `[B, 1, D]` of the first step, and no steps."""
+    return embed(config, bind_ends(config, ends).embed_tokens[...], state.token[:, None]), _no_steps(state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def decode_layer(
+    config: ModelConfig,
+    i: int,
+    weights: Weights,
+    x: Array,
+    old: LayerView,
+    recent: LayerCache,
+    taken: Array,
+    neuron_mask: ArrayLike | None,
+) -> tuple[Array, LayerCache]:
+    """A layer like layer `i` at a step: the stream `[B, 1, D]` behind it, and `recent`, which is donated, with it."""
+    positions = (old[2] + taken)[:, None]
+    x, new = bind_layer(config, i, weights)(x, positions, None, [old, (*recent, taken)], neuron_mask)
+    return x, _at_step(recent, new, taken[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def end_step(
+    config: ModelConfig, ends: Ends, state: DecodeState, x: Array, steps: Steps, sampling: Sampling
+) -> tuple[Array, Steps]:
+    """From the stream `[B, 1, D]` behind the last layer to that in front of the first one at the next step."""
+    model = bind_ends(config, ends)
+    steps = _after_step(model, model.norm(x), state, steps, sampling)
+    return embed(config, model.embed_tokens[...], steps.token[:, None]), steps
 
 
 def store(state: DecodeState, recent: KVCache) -> DecodeState:

@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from gluprune_jax.inference.by_layers import run_layers, runs_by_layers
 from gluprune_jax.models.attention import KEY_BLOCK
 from gluprune_jax.models.cache import KVCache, LayerCache
 from gluprune_jax.models.config import ModelConfig
@@ -69,7 +70,6 @@ def chunks(tokens: Sequence[int] | NDArray[np.int32]) -> list[Chunk]:
     return result
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def extend(
     config: ModelConfig,
     params: nnx.State[Any, Any],
@@ -81,6 +81,21 @@ def extend(
 
     R is the number of replicas of the mesh: each runs another sequence.
     """
+    if runs_by_layers():
+        return run_layers(config, params, cache, tokens, None, None, neuron_masks)
+    whole: tuple[Array, tuple[LayerCache, ...]] = whole_extend(config, params, cache, tokens, neuron_masks)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_extend(
+    config: ModelConfig,
+    params: nnx.State[Any, Any],
+    cache: KVCache,
+    tokens: ArrayLike,
+    neuron_masks: tuple[ArrayLike, ...] | None,
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    """`extend` as one program."""
     chex.assert_shape(tokens, (*cache.lengths.shape, None))
     return bind(config, params)(jnp.asarray(tokens), caches=[cache], neuron_masks=neuron_masks)
 

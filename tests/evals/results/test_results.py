@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +518,76 @@ def test_the_same_choices_in_two_benchmarks_are_asked_once(tasks: Path, tmp_path
     assert (first.requests, first.computed) == (3 * ITEMS, 3 * ITEMS)
     assert (second.requests, second.computed) == (3 * ITEMS, 0)
     assert first.truncated == second.truncated
+
+
+class CountingLM(HashLM):
+    """Counts the log-likelihoods of each call."""
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        super().__init__(journal)
+        self.calls: list[int] = []
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        self.calls.append(len({request.args for request in requests}))
+        return super().loglikelihood(requests)
+
+
+@pytest.fixture
+def same_questions(tmp_path: Path) -> Path:
+    """Tasks of which "tiny_more" offers other answers after the questions of "tiny_choice_a", and those too."""
+    folder = write_tasks(tmp_path / "same")
+    text = (folder / "tiny_choice_a.yaml").read_text()
+    more = text.replace("tiny_choice_a", "tiny_more").replace("{{choices}}", "{{choices + [question]}}")
+    (folder / "tiny_more.yaml").write_text(more)
+    return folder
+
+
+def test_the_same_questions_with_other_answers_are_asked_together(same_questions: Path, tmp_path: Path) -> None:
+    names = ("tiny_choice_a", "tiny_words", "tiny_more")
+    alone = [run(same_questions, HashLM(), (name,))[0] for name in names]
+    with open_setting(tmp_path / "results", SETTING) as folder:
+        lm = CountingLM(folder.journal)
+        results = stream(same_questions, lm, names, journal=folder.journal)
+        assert next(results).items == alone[0].items, "before the others are asked"
+        assert lm.calls == [4 * ITEMS]
+        assert [result.items for result in results] == [result.items for result in alone[1:]]
+    assert lm.calls[1:] == [ITEMS, 4 * ITEMS]  # of the last the journal has all
+    assert len(lm.asked) == 5 * ITEMS
+    assert "loglikelihood" not in vars(lm)
+
+
+def test_an_interrupted_run_goes_on_with_what_was_asked_together(same_questions: Path, tmp_path: Path) -> None:
+    names = ("tiny_choice_a", "tiny_more")
+    asked, computed = [], []
+    for _ in range(3):
+        with open_setting(tmp_path / "results", SETTING) as folder:
+            lm = CountingLM(folder.journal)
+            results = stream(same_questions, lm, names, journal=folder.journal)
+            computed.append([next(results).computed])
+            if len(asked):
+                computed[-1].append(next(results).computed)
+            asked.append(len(lm.asked))
+    assert asked == [4 * ITEMS, 0, 0]
+    assert computed == [[4 * ITEMS], [0, 0], [0, 0]]
+
+
+def test_what_is_known_is_not_asked_again_for_the_sake_of_others(same_questions: Path, tmp_path: Path) -> None:
+    """So that a finished benchmark keeps its time."""
+    with open_setting(tmp_path / "results", SETTING) as folder:
+        run(same_questions, HashLM(folder.journal), ("tiny_choice_a",), journal=folder.journal)
+        lm = CountingLM(folder.journal)
+        first, second = run(same_questions, lm, ("tiny_choice_a", "tiny_more"), journal=folder.journal)
+    assert (first.computed, second.computed) == (0, ITEMS)
+    assert lm.calls == [3 * ITEMS, 4 * ITEMS]
+
+
+def test_each_benchmark_has_its_own_limit(same_questions: Path, tmp_path: Path) -> None:
+    limit = {"tiny_choice_a": 2, "tiny_more": 5}
+    with open_setting(tmp_path / "results", SETTING) as folder:
+        lm = CountingLM(folder.journal)
+        results = run(same_questions, lm, tuple(limit), journal=folder.journal, limit=limit)
+    assert [result.num_items for result in results] == [2, 5]
+    assert lm.calls == [4 * 5, 4 * 5]
 
 
 def test_other_versions_data_and_examples_stand_beside_the_old(tasks: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gluprune_jax.inference import engine as engine_module
 from gluprune_jax.inference import generation
 from gluprune_jax.inference.engine import Engine, LogLikelihood, rolling_windows, score_tokens
 from gluprune_jax.inference.generation import generate
-from gluprune_jax.inference.prefill import extend
+from gluprune_jax.inference.prefill import extend, whole_extend
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model
@@ -486,9 +486,9 @@ def test_a_document_as_long_as_a_large_window_forms_no_square_array(model: Decod
     masks = tuple(jax.ShapeDtypeStruct((80,), jnp.float32) for _ in range(2))
     arguments = params, cache, jax.ShapeDtypeStruct((1, 512), jnp.int32), masks
     square_of_a_row = config.num_attention_heads * 512 * 512
-    largest = max(sizes(jax.make_jaxpr(functools.partial(extend, config))(*arguments).jaxpr))
+    largest = max(sizes(jax.make_jaxpr(functools.partial(whole_extend, config))(*arguments).jaxpr))
     assert largest <= max(cache.layers[0].k.size, square_of_a_row)
-    memory = extend.lower(config, *arguments).compile().memory_analysis()
+    memory = whole_extend.lower(config, *arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 4 * square_of_a_row
 
 
@@ -617,7 +617,7 @@ def test_a_handful_of_programs_serves_everything(tmp_path: Path) -> None:
     assert len(programs) <= 24, programs
     ours = [(name, shapes) for name, shapes in programs if hasattr(engine_module, name)]
     assert len(set(ours)) == len(ours), "compiled once each"
-    assert {"rows", "extend", "score_tokens", "admit", "decode"} <= {name for name, _ in programs}
+    assert {"run_layer", "score_tokens", "whole_admit", "decode_layer", "end_step"} <= {name for name, _ in programs}
 
     # Other lengths, counts, conditions and masks: nothing new, not even the small change of eager operations.
     second = Engine(model, neuron_masks=make_plan(score(model), prune_percent=30).masks(model.config))

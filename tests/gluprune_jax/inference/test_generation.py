@@ -19,15 +19,20 @@ from convert.huggingface.config import read_config
 from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, load_tokenizer
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.inference import generation
+from gluprune_jax.inference.by_layers import run_layer
 from gluprune_jax.inference.generation import (
     DecodeState,
     Sampling,
-    admit,
     choose,
     decode,
+    decode_layer,
     empty_state,
+    end_step,
+    fill_layer,
     generate,
     release,
+    whole_admit,
+    whole_decode,
 )
 from gluprune_jax.inference.prefill import append, extend
 from gluprune_jax.models.cache import KVCache
@@ -40,6 +45,7 @@ from gluprune_jax.pruning.slicing import slice_model
 CONFIG = hf_config(rope_scaling=LLAMA3_ROPE, num_hidden_layers=2)
 STEPS = 40  # three calls of the compiled loop
 LENGTHS = (1, 31, 7, 32, 2)
+PROGRAMS = (run_layer, append, fill_layer, whole_admit, decode_layer, end_step)
 PROMPTS = [np.random.default_rng(length).integers(0, 97, length).tolist() for length in LENGTHS]
 
 
@@ -146,16 +152,16 @@ def test_values_do_not_recompile(model: Decoder) -> None:
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "slots": 4}
         options |= {"should_stop": lambda tokens: len(tokens) > 16}
         generate(model, prompts, max_new_tokens=steps, eos_ids=ends, neuron_masks=mask, **options)
-        programs.append([f._cache_size() for f in (extend, append, admit, decode, release)])
+        programs.append([f._cache_size() for f in (*PROGRAMS, release)])
     assert programs == [programs[0]] * 5
 
 
 def test_chunks_of_two_sizes_serve_all_lengths(long_model: Decoder) -> None:
     options = {"max_new_tokens": 4, "slots": 1}
     generate(long_model, [[1] * 600, [1] * 1000], **options)
-    before = [f._cache_size() for f in (extend, append, admit, decode)]
+    before = [f._cache_size() for f in PROGRAMS]
     generate(long_model, [[1] * length for length in (513, 640, 641, 896, 897, 1000)], **options)
-    assert [f._cache_size() for f in (extend, append, admit, decode)] == before
+    assert [f._cache_size() for f in PROGRAMS] == before
 
 
 def test_a_prompt_may_fill_the_window(model: Decoder) -> None:
@@ -529,9 +535,9 @@ def test_the_cache_is_not_copied(slots: int, program: str) -> None:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache.layers))
         if program == "admit":
             numbers = (*np.zeros((2, 1), np.int32), np.int32(9))
-            lowered = admit.lower(config, params, state, prompt, hidden, *numbers, sampling)
+            lowered = whole_admit.lower(config, params, state, prompt, hidden, *numbers, sampling)
         else:
-            lowered = decode.lower(config, params, state, sampling, None)
+            lowered = whole_decode.lower(config, params, state, sampling, None)
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= size
         assert memory.temp_size_in_bytes < size / 8

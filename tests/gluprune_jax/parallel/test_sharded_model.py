@@ -24,9 +24,17 @@ import convert
 from convert.tokenizer import encode_text, load_tokenizer
 from gluprune_jax.errors import RequestError
 from gluprune_jax.inference import generation
-from gluprune_jax.inference.engine import Engine, rows, score_tokens
-from gluprune_jax.inference.generation import Sampling, admit, decode, empty_state, generate, last_hidden
-from gluprune_jax.inference.prefill import append, extend
+from gluprune_jax.inference.engine import Engine, score_tokens, whole_rows
+from gluprune_jax.inference.generation import (
+    Sampling,
+    decode,
+    empty_state,
+    generate,
+    last_hidden,
+    whole_admit,
+    whole_decode,
+)
+from gluprune_jax.inference.prefill import append, extend, whole_extend
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
@@ -356,7 +364,7 @@ def test_out_of_memory_on_a_mesh(
 def test_programs_are_compiled_once(model: Decoder) -> None:
     """What a program returns lies where it takes it from."""
     sharded = divided(model, MeshShape(2, 2))
-    programs = (admit, decode, empty_state, extend, append, last_hidden, rows, score_tokens)
+    programs = (whole_admit, whole_decode, empty_state, whole_extend, append, last_hidden, whole_rows, score_tokens)
     for program in programs:
         program.clear_cache()
     for _ in range(2):
@@ -404,14 +412,14 @@ def compiled_for(model: Decoder) -> dict[str, Counter[tuple[str, str]]]:
             "extents of down": lambda: collectives(matrix_extents, down, 0),
             "slice gate": lambda: collectives(slice_neurons, 0, 3, gate, np.arange(41, dtype=np.int32)),
             "slice down": lambda: collectives(slice_neurons, 1, 3, down, np.arange(41, dtype=np.int32)),
-            "extend": lambda: collectives(extend, config, params, cache, batch(2, 128), masks),
+            "extend": lambda: collectives(whole_extend, config, params, cache, batch(2, 128), masks),
             "append": lambda: collectives(append, cache, new, zeros),
-            "rows": lambda: collectives(rows, config, params, cache, *(batch(4, 128),) * 3, masks),
+            "rows": lambda: collectives(whole_rows, config, params, cache, *(batch(4, 128),) * 3, masks),
             "score tokens": lambda: collectives(score_tokens, config, params, hidden, *(batch(2, 32),) * 2),
             "admit": lambda: collectives(
-                admit, config, params, state, cache, hidden[:, 0], zeros, zeros, np.int32(9), sampling
+                whole_admit, config, params, state, cache, hidden[:, 0], zeros, zeros, np.int32(9), sampling
             ),
-            "decode": lambda: collectives(decode, config, params, state, sampling, masks),
+            "decode": lambda: collectives(whole_decode, config, params, state, sampling, masks),
         }
         return {name: compile_it() for name, compile_it in programs.items()}
 
