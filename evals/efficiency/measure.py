@@ -28,7 +28,7 @@ DEFINITIONS = {
     "prefill tokens/s": "prompt tokens over the seconds to the first tokens of all prompts",
     "decode tokens/s": "new tokens but the first of each prompt, over the seconds that they take",
     "memory": "bytes of one device that the decode program holds: weights, caches and workspace, by the compiler's "
-    "analysis",
+    "analysis of all layers in one program, as accelerators run it",
     "FLOPs per token": "two for each weight of a matrix, and attention over prompt and answer",
     "bytes per token": "what decoding a token must read: its share of the weights, and its keys and values",
     "energy per token": "joules of all counters while answers are generated, over new tokens; net: without the power "
