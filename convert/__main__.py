@@ -170,7 +170,7 @@ def _check_one_process(request: ConvertRequest) -> None:
     if flags := [flag for flag, is_given in given.items() if is_given]:
         raise RequestError(
             f"{' and '.join(flags)} cannot be given for {request.model}: a mixture of experts is converted from file "
-            f"to file by one process; leave it out"
+            f"to file by one process; leave {'them' if len(flags) > 1 else 'it'} out"
         )
 
 

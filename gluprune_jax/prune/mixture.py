@@ -62,8 +62,7 @@ def prune_mixture(request: PruneRequest, checkpoint: convert.MixtureCheckpoint, 
         clock.lap("prune")
     else:
         with terminal.count_progress("scoring neurons", len(sizes.mlp_sizes), "MLPs") as scored:
-            for i, mlp in enumerate(checkpoint.mlp_weights(), start=1):
-                choice.keep(mlp)
+            for i, _ in enumerate(map(choice.keep, checkpoint.mlp_weights()), start=1):
                 scored(i)
         plan = choice.plan()
         pruned = checkpoint.pruned(plan)

@@ -133,8 +133,8 @@ def score_mixture(
 
 
 def _scored(scorer: "Scorer", matrices: Iterable[MLPWeights], on_mlp: Callable[[int], None] | None) -> Scores:
-    for i, (mlp, _) in enumerate(zip(matrices, scorer.widths, strict=True)):
-        scorer.add(mlp)
+    # By map: a loop would hold the matrices of one MLP while the next are read.
+    for i, _ in enumerate(zip(scorer.widths, map(scorer.add, matrices), strict=True)):
         if on_mlp:
             on_mlp(i)
     return scorer.scores()
@@ -330,8 +330,7 @@ def mixture_fingerprint(
 def _fingerprinted(
     fingerprinter: "Fingerprinter", matrices: Iterable[MLPWeights], on_mlp: Callable[[int], None] | None
 ) -> str:
-    for i, (mlp, _) in enumerate(zip(matrices, fingerprinter.widths, strict=True)):
-        fingerprinter.add(mlp)
+    for i, _ in enumerate(zip(fingerprinter.widths, map(fingerprinter.add, matrices), strict=True)):  # as `_scored`
         if on_mlp:
             on_mlp(i)
     return fingerprinter.fingerprint

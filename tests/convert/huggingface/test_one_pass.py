@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.pruning.calibration import collect
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
 from gluprune_jax.pruning.one_pass import Ranking, Replay
+from gluprune_jax.pruning.scores import MLPWeights, fingerprint
 
 CONFIG = hf_config(num_hidden_layers=4)
 TARGETS: dict[str, dict[str, Any]] = {
@@ -114,11 +116,29 @@ def test_matrices_of_several_dtypes_are_scored_first(tmp_path: Path) -> None:
     assert can_read_once(opened(path, "bfloat16"))
 
 
-def test_a_layer_is_let_go_before_the_next_is_asked_for(model: Path) -> None:
+def cut(dense: StreamedCheckpoint, weights: Iterable[MLPWeights]) -> None:
+    kept = KeptNeurons(weights, Ranking(dense.config, "ppm", {"width": 8}))
+    for layer in range(dense.config.num_hidden_layers):
+        assert kept.matrix(layer, "gate_proj").shape[0] == 8
+    kept.finish()
+
+
+def scored(dense: StreamedCheckpoint, weights: Iterable[MLPWeights]) -> None:
+    score(dense.model, "ppm", weights=weights)
+
+
+def fingerprinted(dense: StreamedCheckpoint, weights: Iterable[MLPWeights]) -> None:
+    fingerprint(dense.model, weights=weights)
+
+
+@pytest.mark.parametrize("use", [cut, scored, fingerprinted])
+def test_a_layer_is_let_go_before_the_next_is_asked_for(
+    model: Path, use: Callable[[StreamedCheckpoint, Iterable[MLPWeights]], None]
+) -> None:
     dense = opened(model)
     seen: list[weakref.ref[jax.Array]] = []
 
-    def watched():
+    def watched() -> Iterator[MLPWeights]:
         weights = dense.mlp_weights()
         while (mlp := next(weights, None)) is not None:
             seen.extend(map(weakref.ref, mlp))
@@ -126,10 +146,7 @@ def test_a_layer_is_let_go_before_the_next_is_asked_for(model: Path) -> None:
             del mlp
             assert [ref() for ref in seen] == [None] * len(seen)
 
-    kept = KeptNeurons(watched(), Ranking(dense.config, "ppm", {"width": 8}))
-    for layer in range(dense.config.num_hidden_layers):
-        assert kept.matrix(layer, "gate_proj").shape[0] == 8
-    kept.finish()
+    use(dense, watched())
     assert len(seen) == 3 * dense.config.num_hidden_layers
 
 

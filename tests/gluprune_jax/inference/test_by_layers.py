@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compiled
@@ -63,8 +64,8 @@ def test_layer_by_layer_is_the_whole_decoder(name: str, is_masked: bool) -> None
     tokens = TOKENS.reshape(2, 64)  # two rows, each of two sequences that share their first 20 tokens
     positions = np.array([[*range(100, 142), *range(120, 142)]] * 2, np.int32)
     ends = np.array([[64] * 20 + [42] * 22 + [64] * 22] * 2, np.int32)
-    forest = config, params, cache, tokens, positions, ends, masks
-    assert_equal(rows(*forest), whole_rows(*forest))  # type: ignore[arg-type]
+    forest = config, params, cache, *map(jnp.asarray, (tokens, positions, ends)), masks
+    assert_equal(rows(*forest), whole_rows(*forest))
 
     sampling = Sampling(np.full(8, -1, np.int32), np.float32(0.7), np.float32(0.9), np.uint32(3))
 
