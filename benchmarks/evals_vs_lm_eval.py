@@ -1,14 +1,14 @@
-"""Speed and memory of the evaluation against lm-eval's own `hf` backend: same machine, same requests, float32.
+"""Speed and memory of the evaluation against lm-eval's own `hf` backend: same machine, same requests, same dtype.
 
     python benchmarks/evals_vs_lm_eval.py --data-dir DIR [--tasks mmlu hellaswag] [--items mmlu=200] [--pairs 3]
-        [--peer-batch-sizes 1,8,16] [--json]
+        [--peer-batch-sizes 1,8,16] [--dtype bfloat16] [--json]
 
-The model is SmolLM2-135M-Instruct as a Hugging Face folder. lm-eval builds the requests of each benchmark once: of
-documents at even distances, of MMLU from two whole subjects that are together as the average one. Each side answers
-them in a process of its own, now one first, now the other. Measured is the time from the first request to the last
-answer, tokenization and compilation included; JAX's persistent cache of compiled programs is off. Imports and the
-loading of weights are left out. Peak memory is that of the whole process; ours runs as where PyTorch is not installed
-(`transformers` imports it wherever it is).
+The model is SmolLM2-135M-Instruct as a Hugging Face folder in float32, which both sides load as `--dtype`. lm-eval
+builds the requests of each benchmark once: of documents at even distances, of MMLU from two whole subjects that are
+together as the average one. Each side answers them in a process of its own, now one first, now the other. Measured is
+the time from the first request to the last answer, tokenization and compilation included; JAX's persistent cache of
+compiled programs is off. Imports and the loading of weights are left out. Peak memory is that of the whole process;
+ours runs as where PyTorch is not installed (`transformers` imports it wherever it is).
 
 The peer runs batches of 8, or the best of --peer-batch-sizes; on WikiText batches of 1, because 8 windows of 8192
 tokens would have 13 GB of logits and as much of their softmax, which 24 GiB do not hold.
@@ -70,7 +70,7 @@ PEER_BATCHES = {"wikitext": (1,)}  # for the others as asked
 # ------------------------------------------------------------------------------------------------------ one side
 
 
-def answer(side: str, model: str, requests: str, batch_size: int) -> dict[str, Any]:
+def answer(side: str, model: str, requests: str, batch_size: int, dtype: str) -> dict[str, Any]:
     """Answers requests in this process. Returns seconds by part, and what was compiled.
 
     `batch_size` is for the peer; ours chooses its own.
@@ -86,7 +86,7 @@ def answer(side: str, model: str, requests: str, batch_size: int) -> dict[str, A
     laps = [time.perf_counter()]
     instances = load_requests(Path(requests))
     if side == "lm_eval":
-        lm = peer_lm(model, batch_size=batch_size)
+        lm = peer_lm(model, batch_size=batch_size, dtype=dtype)
     else:
         sys.modules["torch"] = None  # type: ignore[assignment]  # importing it fails
         import jax
@@ -95,7 +95,7 @@ def answer(side: str, model: str, requests: str, batch_size: int) -> dict[str, A
         from evals.harness.backend import GlupruneLM
 
         jax.monitoring.register_event_duration_secs_listener(listen)
-        lm = GlupruneLM.from_checkpoint(convert.load(model, dtype="float32"), add_bos_token=False)
+        lm = GlupruneLM.from_checkpoint(convert.load(model, dtype=dtype), add_bos_token=False)
     laps.append(time.perf_counter())
     answers(lm, instances)
     laps.append(time.perf_counter())
@@ -107,9 +107,9 @@ def answer(side: str, model: str, requests: str, batch_size: int) -> dict[str, A
     }
 
 
-def measure(side: str, model: Path, requests: Path, batch_size: int) -> dict[str, Any]:
+def measure(side: str, model: Path, requests: Path, batch_size: int, dtype: str) -> dict[str, Any]:
     """Runs `answer` in a process of its own; adds the process's peak resident memory in bytes."""
-    argv = [sys.executable, __file__, "--answer", side, str(model), str(requests), str(batch_size)]
+    argv = [sys.executable, __file__, "--answer", side, str(model), str(requests), str(batch_size), dtype]
     # No second run may profit from what the first has compiled.
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -202,8 +202,8 @@ def whole_suite(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def show(results: Mapping[str, Mapping[str, Any]], suite: Mapping[str, Any]) -> None:
-    table = Table(title="SmolLM2-135M-Instruct, float32: seconds to answer the same requests", title_justify="left")
+def show(results: Mapping[str, Mapping[str, Any]], suite: Mapping[str, Any], dtype: str) -> None:
+    table = Table(title=f"SmolLM2-135M-Instruct, {dtype}: seconds to answer the same requests", title_justify="left")
     for column in ("", "items", "requests", "ours", "of it compiling", "lm-eval", "batch", "times as fast", "target"):
         table.add_column(column, justify="right" if column else "left")
     table.add_column("peak GB, ours / lm-eval", justify="right")
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--items", nargs="+", default=[], metavar="TASK=N", help="other numbers of items")
     parser.add_argument("--pairs", type=int, default=1, help="pairs of runs; medians are reported")
     parser.add_argument("--peer-batch-sizes", default=str(PEER_BATCH), help="comma-separated; the best one counts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
     parser.add_argument("--work", type=Path, help="folder for the checkpoint (default: a temporary one)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -259,20 +260,20 @@ def main() -> None:
             for i in range(args.pairs):
                 for side in SIDES[:: -1 if i % 2 else 1]:  # now one first, now the other
                     batches = PEER_BATCHES.get(name, sizes) if side == "lm_eval" else (PEER_BATCH,)
-                    runs[side].append([measure(side, model, requests, batch) for batch in batches])
+                    runs[side].append([measure(side, model, requests, batch, args.dtype) for batch in batches])
             results[name] = {"items": counts[name][0], "requests": counts[name][1], **compare(runs)}
             ours, peer = (results[name][side]["seconds"] for side in SIDES)
             print(f"{name}: {ours:.1f} s, lm-eval {peer:.1f} s", file=sys.stderr, flush=True)
     suite = whole_suite(results)
     if args.json:
         targets = {name: TASKS[name].target for name in results} | {"suite": SUITE_TARGET}
-        print(json.dumps({"tasks": results, "suite": suite, "targets": targets}, indent=1))
+        print(json.dumps({"dtype": args.dtype, "tasks": results, "suite": suite, "targets": targets}, indent=1))
     else:
-        show(results, suite)
+        show(results, suite, args.dtype)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--answer"]:
-        print(json.dumps(answer(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))))
+        print(json.dumps(answer(*sys.argv[2:5], int(sys.argv[5]), sys.argv[6])))
     else:
         main()

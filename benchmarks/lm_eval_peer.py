@@ -16,14 +16,22 @@ PEER_BATCH = 8
 Instance = Any  # lm_eval.api.instance.Instance: importing lm-eval takes seconds
 
 
-def peer_lm(model: Any, *, batch_size: int = PEER_BATCH, window: int | None = None, tokenizer: Any = None) -> Any:
-    """The `hf` backend in float32 on the CPU, set as the paper sets it.
+def peer_lm(
+    model: Any,
+    *,
+    batch_size: int = PEER_BATCH,
+    window: int | None = None,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+) -> Any:
+    """The `hf` backend on the CPU, set as the paper sets it.
 
     Args:
       model: a Hugging Face folder, or a loaded model, to which its tokenizer must be given.
       batch_size: of log-likelihoods and of generation.
       window: the most tokens it sees at once, if fewer than the model's.
       tokenizer: of a loaded model.
+      dtype: of the weights and of what is computed.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -31,7 +39,7 @@ def peer_lm(model: Any, *, batch_size: int = PEER_BATCH, window: int | None = No
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,
-        dtype="float32",
+        dtype=dtype,
         device="cpu",
         batch_size=batch_size,
         max_length=window,

@@ -37,7 +37,7 @@ from evals.study.folder import (
     load_baselines,
     save_baselines,
 )
-from evals.study.rows import ResumableRows, check_rows, recorded_dates
+from evals.study.rows import ResumableRows, check_rows, check_texts, recorded_dates
 from evals.study.study import DENSE, MARGIN, Score, StoppingRule, StudiedBenchmark, Study, Variant
 from gluprune_jax.cli import method_options, options, terminal
 from gluprune_jax.cli.processes import ProcessesRequest
@@ -221,6 +221,8 @@ def _sweep(request: SweepRequest, command: str) -> None:
             check_file(request.output / SWEEP_FILE, overwrite=True)
             if request.resume:
                 check_rows(request.output / SWEEP_FILE)
+            if not request.overwrite:
+                check_texts(request.output / SWEEP_FILE, request.calibration)
         benchmarks, manager = choose_benchmarks(request.suite, request.tasks, request.include_path)
         items = _items(request.limit, [benchmark.name for benchmark in benchmarks])
         with terminal.count_progress("loading the data", len(benchmarks), "benchmarks") as progress:

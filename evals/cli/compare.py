@@ -28,7 +28,7 @@ from evals.compare import FORMAT, PLOT_FILES, RESULTS_FILE, TABLE_FILE, VERSION,
 from evals.harness.suites import choose_benchmarks
 from evals.perplexity import perplexity, spelled_beginning
 from evals.study.grid import Chooses, Grid, parse_methods, sizes
-from evals.study.rows import ResumableRows, check_rows, recorded_dates
+from evals.study.rows import ResumableRows, check_rows, check_texts, recorded_dates
 from evals.study.samples import PROMPT_TOKENS, Sampler
 from gluprune_jax.cli import method_options, terminal
 from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
@@ -71,6 +71,8 @@ def compare(request: CompareRequest) -> None:
             _check_output(request.output, request.overwrite)
         if is_main() and request.resume:
             check_rows(path)
+        if is_main() and not request.overwrite:
+            check_texts(path, request.calibration)
         tasks, limits = None, None
         if request.tasks is not None:
             eval_options.check_installed()

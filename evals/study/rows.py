@@ -1,7 +1,7 @@
 """Rows of a table that takes hours to compute, in a file that is whole whenever it is looked at."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,36 @@ class ResumableRows:
                     write_file_atomic(self._path, data, overwrite=True)
 
 
+def check_texts(path: Path | None, names: Sequence[str]) -> None:
+    """Makes sure, before the model writes text for minutes, that rows in a file are calibrated on texts of these names.
+
+    Raises:
+      RequestError: they are of others.
+    """
+    recorded = _recorded(path)[1].get("texts")
+    if names and isinstance(recorded, list) and recorded != list(names):
+        there = " ".join(map(str, recorded))
+        raise RequestError(
+            f"{path} is calibrated on {there}, and {' '.join(names)} is asked for; give `calibration` {there}, "
+            f"choose another `output`, or replace it with `overwrite`"
+        )
+
+
 def recorded_dates(path: Path | None) -> dict[str, str]:
     """The day, YYYY-MM-DD, that a file says its prompts or its calibration text are of, by its name, if it says one."""
+    dates = [entries.get("date") for entries in _recorded(path)]
+    return next(({str(path): date} for date in dates if isinstance(date, str)), {})
+
+
+def _recorded(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says, and what it says of calibration; empty where `ResumableRows.open` will refuse it."""
     try:
         found = json.loads(b"null" if path is None else path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # what `ResumableRows.open` will say
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    texts = found.get("calibration")
-    dates = [found.get("date"), texts.get("date") if isinstance(texts, dict) else None]
-    return next(({str(path): date} for date in dates if isinstance(date, str)), {})
+    except (OSError, ValueError, RecursionError):
+        return {}, {}
+    found = found if isinstance(found, dict) else {}
+    calibration = found.get("calibration")
+    return found, calibration if isinstance(calibration, dict) else {}
 
 
 def method_name_now(name: str) -> str:

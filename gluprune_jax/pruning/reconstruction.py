@@ -11,6 +11,9 @@ What is trained are changes in units of the root mean square of each matrix, so 
 any scale; they are float32, and cast to the dtype of the weights when their error is taken. The optimiser is Adam
 (arXiv 1412.6980) with gradients clipped by their global norm and a learning rate that falls to zero along a cosine.
 
+Removed neurons take no part in a step: the matrices are cut to the kept ones, filled up to a multiple of 128 so that
+layers of nearly the same width share a program.
+
 What is fitted to a text may overfit it: one window of every `HELD_OUT` is not fitted to. Its error is taken before the
 first step and after each pass over the others, and the weights with the least one are kept: none is worse than what
 the fit begins with, and what it begins with (removed neurons left out, or a refitted down projection) is what has the
@@ -19,12 +22,13 @@ loss, or one far above that of no MLP at all, the layer stays as it was pruned.
 
 Steps are of the same windows on every mesh: where there are more replicas than windows in a step, some have none.
 
-Array letters: B windows of a step, W tokens of a window, D hidden size, F intermediate size.
+Array letters: B windows of a step, W tokens of a window, D hidden size, F intermediate size, M neurons of a fit.
 """
 
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +41,7 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from gluprune_jax.data.packing import PADDING
@@ -60,7 +65,8 @@ LEARNING_RATE = 0.01  # of the first step, in units of the root mean square of a
 STEP_TOKENS = 512  # of the windows of a step, which has at least one
 HELD_OUT = 8  # of so many windows, one is held out
 _CLIP = 1.0
-_VERSION = 1  # of the fit: another one for other weights from the same text
+WIDTH_MULTIPLE = 128  # of the neurons of a fit
+_VERSION = 2  # of the fit: another one for other weights from the same text
 # A loss of so many times that of no MLP at all, or of the start where that is more, is divergence.
 _DIVERGED = 10.0
 
@@ -260,17 +266,20 @@ def reconstruct_layer(
     """
     graphdef, parameters = nnx.split(layer)
     scale = sum(example.scale for example in held_out)
+    neurons = fitted_neurons(mask, shape_of(mesh).model)
 
     def error(mlp: MLPWeights) -> float:
         return sum(float(to_host(squared_distance(graphdef, parameters, mlp, part))) for part in held_out) / scale
 
     schedule = Schedule(passes * len(training), learning_rate)
     with use_mesh(mesh):
-        errors = [error(mlp) for mlp in starts]
+        cut = [with_neurons(mlp, neurons) for mlp in starts]
+        errors = [error(mlp) for mlp in cut]
         first = least = min(errors)
-        begun = kept = starts[errors.index(first)]
+        begun, kept = starts[errors.index(first)], cut[errors.index(first)]
         passes_kept = 0
-        start = make_start(begun, place(mesh, mask, "neurons"))
+        start = make_start(kept, place(mesh, mask[neurons], "neurons"))
+        del cut
         state = first_state(schedule, start)
         for number in range(passes):
             losses = []
@@ -286,7 +295,38 @@ def reconstruct_layer(
                 return begun, LayerFit(errors[0], first, 0, step)
             if found[-1] < least:
                 kept, least, passes_kept = mlp, found[-1], number + 1
-    return kept, LayerFit(errors[0], least, passes_kept)
+        whole = put_back(begun, neurons, kept)
+        block_on_cpu(mesh, whole)
+    return whole, LayerFit(errors[0], least, passes_kept)
+
+
+def fitted_neurons(mask: NDArray[np.float32], devices: int) -> NDArray[np.int32]:
+    """The neurons `[M]` that a fit computes: those of `mask [F]`, ascending, and behind them some of the removed ones.
+
+    M is a multiple of `WIDTH_MULTIPLE` and of the devices that the neurons are divided over, or else F.
+    """
+    kept = np.flatnonzero(mask)
+    multiple = math.lcm(WIDTH_MULTIPLE, devices)
+    wanted = min(-(-len(kept) // multiple) * multiple, len(mask))
+    return np.append(kept, np.flatnonzero(mask == 0)[: wanted - len(kept)]).astype(np.int32)
+
+
+@jax.jit
+def with_neurons(mlp: MLPWeights, neurons: ArrayLike) -> MLPWeights:
+    """The matrices cut to `neurons [M]`."""
+    neurons = jnp.asarray(neurons)
+    cut: MLPWeights = _divided(
+        MLPWeights(mlp.gate_proj[neurons], mlp.up_proj[neurons], jnp.take(mlp.down_proj, neurons, axis=1))
+    )
+    return cut
+
+
+@jax.jit
+def put_back(whole: MLPWeights, neurons: ArrayLike, cut: MLPWeights) -> MLPWeights:
+    """Matrices of which those of `neurons [M]` are replaced."""
+    gate, up = (old.at[neurons].set(new) for old, new in zip(whole[:2], cut[:2], strict=True))
+    mlp: MLPWeights = _divided(MLPWeights(gate, up, whole.down_proj.at[:, neurons].set(cut.down_proj)))
+    return mlp
 
 
 # ------------------------------------------------------------------------------------------------------- whole models

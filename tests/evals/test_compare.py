@@ -242,6 +242,12 @@ def test_the_text_is_the_models_own_where_none_is_given(
     assert explicit["calibration"]["texts"] == ["self"]
     status, out, err = run(capsys, *argv, "--methods", "l2", "--json")
     assert (status, json.loads(out)["calibration"], "its own text" in err) == (0, None, False)
+    argv += ["--methods", "hybrid", "--output", tmp_path / "out"]
+    report(capsys, *argv, "--calibration-data", folder / "text.txt")
+    monkeypatch.setattr(convert, "load", None)  # what follows is said before the model is loaded, or writes anything
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert f"is calibrated on {folder / 'text.txt'}, and self is asked for; give --calibration-data" in err
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

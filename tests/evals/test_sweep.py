@@ -21,6 +21,7 @@ from byte_tokenizer import VOCABULARY, write_tokenizer
 from tiny_models import hf_config, write_folder
 from tiny_tasks import write_tasks
 
+import convert
 from evals.report.__main__ import main as report_main
 from evals.study.folder import load_study
 from evals.study.study import DENSE
@@ -148,6 +149,10 @@ def test_the_text_is_the_models_own_where_none_is_given(
     assert json.loads(first)["calibration"]["own_text"] == {"seed": 0, "temperature": 1.0}
     report(capsys, *argv, "--calibration-data", "self")  # the same study: nothing is left to do
     assert (tmp_path / "study" / "sweep.json").read_text() == first
+    monkeypatch.setattr(convert, "load", None)  # what follows is said before the model is loaded, or writes anything
+    status, _, err = run(capsys, *argv, "--calibration-data", "self@1")
+    assert status == 2
+    assert "sweep.json is calibrated on self, and self@1 is asked for; give --calibration-data self" in err
 
 
 def stored_items(study: Path) -> dict[tuple[str, str, str, int], Any]:

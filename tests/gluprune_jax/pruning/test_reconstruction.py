@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ FIT = {"passes": 20, "learning_rate": 0.02}
 
 report = functools.partial(commands.report, main)
 run = functools.partial(commands.run, main)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """Fits are of fewer neurons than these models have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "WIDTH_MULTIPLE", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +202,37 @@ def test_removed_neurons_stay_out_and_a_slice_is_the_masked_model(
     np.testing.assert_allclose(sliced, logits(repaired, windows), rtol=1e-5, atol=1e-5)
     masked, _ = repaired(jnp.asarray(windows), neuron_masks=plan.masks(model.config))
     np.testing.assert_allclose(sliced, repaired.logits(masked), rtol=1e-5, atol=1e-5)
+
+
+def test_removed_neurons_need_not_be_computed(
+    model: Decoder,
+    windows: NDArray[np.int32],
+    plan: PruningPlan,
+    found: Reconstruction,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 83 neurons a fit has 56; with all of them it comes to the same."""
+    assert {reconstruction.fitted_neurons(mask, 1).size for mask in plan.masks(model.config)} == {56}
+    monkeypatch.setattr(reconstruction, "WIDTH_MULTIPLE", 83)
+    whole = reconstruct(model, windows, plan, **FIT)
+    for one, other in zip(fits(found), fits(whole), strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+        assert one.error_without == pytest.approx(other.error_without, rel=1e-5)
+    for name, array in found.parameters.items():
+        off = np.abs(array - whole.parameters[name]) / np.sqrt(np.mean(np.square(array)))
+        assert off.mean() < 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("kept", "devices", "expected"), [(1, 1, 8), (8, 1, 8), (9, 1, 16), (20, 1, 24), (9, 6, 24), (24, 1, 24)]
+)
+def test_a_fit_is_of_the_kept_neurons_and_a_few_more(kept: int, devices: int, expected: int) -> None:
+    mask = np.zeros(24, np.float32)
+    mask[np.random.default_rng(kept).permutation(24)[:kept]] = 1
+    neurons = reconstruction.fitted_neurons(mask, devices)
+    assert neurons.dtype == np.int32
+    assert len(set(neurons.tolist())) == neurons.size == expected
+    assert np.array_equal(neurons[:kept], np.flatnonzero(mask))
 
 
 def test_a_layer_that_stays_whole_keeps_its_bits(model: Decoder, windows: NDArray[np.int32]) -> None:
