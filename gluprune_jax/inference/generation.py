@@ -39,7 +39,7 @@ from gluprune_jax.inference.by_layers import (
     runs_by_layers,
 )
 from gluprune_jax.inference.prefill import CHUNKS, Chunk, append, cache_slots, chunks, extend
-from gluprune_jax.models.attention import Slots
+from gluprune_jax.models.attention import KEY_BLOCK, Slots
 from gluprune_jax.models.cache import (
     KVCache,
     LayerCache,
@@ -281,7 +281,7 @@ def slots_for(longest: int) -> int:
     """Slots of the cache for sequences of up to `longest` tokens: of few sizes, so that few programs serve all."""
     longest += STEPS_PER_CALL  # a call writes that many, wanted or not
     if longest <= 2048:
-        return -(-longest // CHUNKS[-1]) * CHUNKS[-1]
+        return max(CHUNKS[-1], -(-longest // KEY_BLOCK) * KEY_BLOCK)
     return 1 << (longest - 1).bit_length()
 
 

@@ -164,6 +164,15 @@ def test_chunks_of_two_sizes_serve_all_lengths(long_model: Decoder) -> None:
     assert [f._cache_size() for f in PROGRAMS] == before
 
 
+def test_a_cache_has_few_slots_more_than_are_needed(model: Decoder) -> None:
+    for longest in (1, 496, 497, 512, 900, 1546, 2032):
+        needed, slots = longest + generation.STEPS_PER_CALL, generation.slots_for(longest)
+        assert needed <= slots < max(513, needed + 256)
+        keys = empty_state(model.config, 1, slots, np.dtype(np.float32)).cache.layers[0].k
+        assert len(keys) == min(4, slots // 256)
+    assert generation.slots_for(2033) == 4096  # longer ones have fewer sizes
+
+
 def test_a_prompt_may_fill_the_window(model: Decoder) -> None:
     window = model.config.max_position_embeddings
     prompt = (PROMPTS[1] * 20)[: window - 5]
