@@ -610,11 +610,12 @@ def mixed_workload(engine: Engine, variant: int) -> None:
 
 
 def test_a_handful_of_programs_serves_everything(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path, vocab_size=97 + 4, num_hidden_layers=1)  # of its own: nothing is compiled yet
+    model = tiny_model(tmp_path, vocab_size=97 + 4, num_hidden_layers=1)
     first = Engine(model)
+    jax.clear_caches()  # of programs that other tests have compiled: how many there are depends on their order
     with compiled() as programs:
         mixed_workload(first, 0)
-    assert len(programs) <= 24, programs
+    assert len(programs) <= 28, programs
     ours = [(name, shapes) for name, shapes in programs if hasattr(engine_module, name)]
     assert len(set(ours)) == len(ours), "compiled once each"
     assert {"run_layer", "score_tokens", "whole_admit", "decode_layer", "end_step"} <= {name for name, _ in programs}
