@@ -8,7 +8,8 @@
 #   many rows. With one row the conversion is fused with the product and nothing is copied; in float32 there are no
 #   copies at all. The flags for other libraries (xla_cpu_use_onednn, xla_cpu_use_xnnpack and the like) change nothing.
 # Matters: decoding several sequences in bfloat16 reads the weights once, writes them twice as large and reads those, at
-#   every step: float32 is the quicker dtype on a CPU, and the peak of memory is no lower in bfloat16.
+#   every step: on a CPU float32 is the quicker dtype for it, and what bfloat16 saves of the weights' memory goes to
+#   copies where one program holds several of them.
 # Versions: jax and jaxlib 0.10.2, numpy 2.4.6, x86-64 with AVX-512 BF16 and without AMX. Seen, Python 3.11, temporary
 #   bytes for x [rows, 576] @ w[49152, 576].T, whose weights are 56,623,104 bytes in bfloat16:
 #   float32: 1 row 0, 8 rows 0, 1024 rows 0
