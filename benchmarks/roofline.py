@@ -9,6 +9,7 @@ windows in transformers. Compilation is left out. Each dtype and side is a proce
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -27,7 +28,7 @@ WINDOW, ROWS = 2048, 1024
 DTYPES, SIDES = ("float32", "bfloat16"), ("jax", "torch")
 
 
-def best(function: Callable[[], Any], runs: int) -> float:
+def median_seconds(function: Callable[[], Any], runs: int) -> float:
     """The median seconds of a call, after one that is not counted."""
     function()
     seconds = []
@@ -61,11 +62,15 @@ def measure(side: str, folder: str, dtype: str, tokens: int, runs: int) -> dict[
         from evals.perplexity import perplexity
 
         model = convert.load(folder, dtype=dtype).model
-        multiply = jax.jit(lambda x, w: x @ w.T)
+        product = jax.jit(lambda x, w: x @ w.T)
+
+        def multiply(x: Any, w: Any) -> None:
+            jax.block_until_ready(product(x, w))
+
         for outputs, inputs, times in needed:
             x, w = (jnp.ones((n, inputs), dtype) for n in (ROWS, outputs))
-            alone += times * best(lambda x=x, w=w: jax.block_until_ready(multiply(x, w)), runs)  # type: ignore[misc]
-        scoring = best(lambda: perplexity(model, text, sequence_length=WINDOW), runs)
+            alone += times * median_seconds(functools.partial(multiply, x, w), runs)
+        scoring = median_seconds(lambda: perplexity(model, text, sequence_length=WINDOW), runs)
     else:
         import torch
         from transformers import AutoModelForCausalLM
@@ -82,8 +87,8 @@ def measure(side: str, folder: str, dtype: str, tokens: int, runs: int) -> dict[
         with torch.inference_mode():
             for outputs, inputs, times in needed:
                 x, w = (torch.ones((n, inputs), dtype=kind) for n in (ROWS, outputs))
-                alone += times * best(lambda x=x, w=w: torch.nn.functional.linear(x, w), runs)  # type: ignore[misc]
-            scoring = best(score, runs)
+                alone += times * median_seconds(functools.partial(torch.nn.functional.linear, x, w), runs)
+            scoring = median_seconds(score, runs)
     operations = sum(2 * outputs * inputs * times for outputs, inputs, times in needed)
     return {"operations": operations, "products": alone / ROWS, "scoring": scoring / tokens}
 

@@ -11,8 +11,8 @@ What is trained are changes in units of the root mean square of each matrix, so 
 any scale; they are float32, and cast to the dtype of the weights when their error is taken. The optimiser is Adam
 (arXiv 1412.6980) with gradients clipped by their global norm and a learning rate that falls to zero along a cosine.
 
-Removed neurons take no part in a step: the matrices are cut to the kept ones, filled up to a multiple of 128 so that
-layers of nearly the same width share a program.
+Removed neurons take no part in a step: the matrices are cut to the kept ones, filled up to a multiple of
+`WIDTH_MULTIPLE` so that layers of nearly the same width share a program.
 
 What is fitted to a text may overfit it: one window of every `HELD_OUT` is not fitted to. Its error is taken before the
 first step and after each pass over the others, and the weights with the least one are kept: none is worse than what
