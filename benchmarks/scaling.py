@@ -43,7 +43,7 @@ def measure(name: str, devices: int, runs: int) -> dict[str, Any]:
     from gluprune_jax.models.parameters import abstract_model
     from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parameter_sharding, use_mesh
     from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
-    from gluprune_jax.pruning.scores import matrix_extents, score_layer
+    from gluprune_jax.pruning.device_scores import matrix_extents, score_layer
     from gluprune_jax.pruning.slicing import slice_model, slice_neurons
 
     D, F, L, N, K, H, V = SHAPES[name]

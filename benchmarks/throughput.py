@@ -37,7 +37,7 @@ from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
-from gluprune_jax.pruning.scores import score_layer
+from gluprune_jax.pruning.device_scores import score_layer
 from gluprune_jax.pruning.slicing import slice_neurons
 
 ROW, FILLED = 512, 1024  # tokens of a row, and of each sequence that is decoded

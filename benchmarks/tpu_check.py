@@ -52,9 +52,10 @@ from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parameter_sharding,
 from gluprune_jax.parallel.sharding import CACHE_AXES, partition_spec
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Sums, advance_layer, backward_layer, observe_layer
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.device_scores import matrix_extents, score_layer
 from gluprune_jax.pruning.least_squares import least_squares
 from gluprune_jax.pruning.reconstruction import LEARNING_RATE, PASSES, Example, FitState, Schedule, Start, fit_step
-from gluprune_jax.pruning.scores import MLPWeights, matrix_extents, score_layer
+from gluprune_jax.pruning.scores import MLPWeights
 from gluprune_jax.pruning.slicing import slice_neurons
 
 HBM_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # of one chip
@@ -339,7 +340,11 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
 
 
 def fit_arguments(
-    graphdef: Any, layer: nnx.State[Any, Any], mlp: MLPWeights, array: Callable[..., Any], batch: Callable[..., Any]
+    graphdef: Any,
+    layer: nnx.State[Any, Any],
+    mlp: MLPWeights[Any],
+    array: Callable[..., Any],
+    batch: Callable[..., Any],
 ) -> tuple[Any, ...]:
     """What a step of local reconstruction takes, of one window in each replica; `array` and `batch` make shapes."""
     D, F = mlp.down_proj.shape

@@ -7,14 +7,25 @@ if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
     from convert.gguf.export import GGUFOptions
     from convert.huggingface.mixture import MixtureCheckpoint
+    from convert.loaded import LoadedCheckpoint
     from convert.sources import open_mixture
     from convert.store import describe, load, save
 
-__all__ = ["Checkpoint", "GGUFOptions", "MixtureCheckpoint", "describe", "load", "open_mixture", "save"]
+__all__ = [
+    "Checkpoint",
+    "GGUFOptions",
+    "LoadedCheckpoint",
+    "MixtureCheckpoint",
+    "describe",
+    "load",
+    "open_mixture",
+    "save",
+]
 
 # Where each of these is: they are imported when they are first asked for, as those of `gluprune_jax` are.
 _HOME = {
     "Checkpoint": "checkpoint",
+    "LoadedCheckpoint": "loaded",
     "GGUFOptions": "gguf.export",
     "MixtureCheckpoint": "huggingface.mixture",
     "open_mixture": "sources",

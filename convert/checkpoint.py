@@ -1,37 +1,41 @@
 """What a loader returns and a writer takes: a model and everything that travels with it."""
 
+from __future__ import annotations
+
+import abc
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import jax
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from convert.buffers import all_finite
 from convert.chat import fix_date
 from convert.families.family import Family
 from convert.families.names import TensorName, tensor_names
 from convert.families.registry import FAMILIES
 from convert.gguf.sizes import check_file_type, metadata_bytes, tensor_bytes, with_width
 from convert.gguf.widths import Widths, choose_widths
-from convert.shards import all_finite
 from gluprune_jax import progress as work
 from gluprune_jax.data.documents import Document
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.records import OBJECT, check, parse
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import abstract_model, num_bytes, parameters_of, with_parameters
-from gluprune_jax.parallel.mesh import shape_of, to_host
-from gluprune_jax.pruning.methods import Pruned, as_pruned
+from gluprune_jax.pruning.methods import Pruned
 from gluprune_jax.pruning.plan import PruningPlan
-from gluprune_jax.pruning.scores import MLPWeights, mlp_weights
-from gluprune_jax.pruning.slicing import slice_model
+from gluprune_jax.pruning.scores import MLPWeights
 from gluprune_jax.pruning.targets import padded_width
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jax.sharding import Mesh
+
+    from convert.loaded import LoadedCheckpoint
+    from gluprune_jax.models.decoder import Decoder
 
 # Bytes of what a GGUF file of ours says of the model and of one more pruning, and for each layer: rather more than were
 # seen (2.9 kB in all of a file of 30 layers).
@@ -42,15 +46,14 @@ Progress = Callable[[str, int, int], None]
 
 
 # Chooses the mesh for a model, of which there are only shapes and dtypes yet; None is the default device.
-MeshChoice = Callable[[Decoder], Mesh | None]
+MeshChoice = Callable[["Decoder"], "Mesh | None"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A model with its surroundings.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint(abc.ABC):
+    """A model with its surroundings, its weights in memory (`LoadedCheckpoint`) or in files (`StreamedCheckpoint`).
 
     Attributes:
-      model: the weights, and the architecture in `model.config`.
       source: the name or path it was loaded from, as the user gave it.
       hf_config: the keys of `config.json` that are not architecture (model type, token ids, ...), kept as they
         were so that an export says the same.
@@ -60,7 +63,6 @@ class Checkpoint:
       card: what its own model card says of its licence and base model (`convert.card_header`).
     """
 
-    model: Decoder
     source: str
     hf_config: Mapping[str, Any]
     assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
@@ -68,10 +70,55 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     card: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    if TYPE_CHECKING:  # a field of one of them: dataclasses would take a property here for its default
+
+        @property
+        def model(self) -> Decoder:
+            """The model; with shapes and dtypes in place of arrays, where its weights are in files."""
+
     @property
+    @abc.abstractmethod
     def config(self) -> ModelConfig:
         """The architecture of the model."""
-        return self.model.config
+
+    @property
+    @abc.abstractmethod
+    def dtypes(self) -> Mapping[str, np.dtype[Any]]:
+        """The dtype of each parameter, by name."""
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether this process lacks a part of the weights, so that all must gather them together."""
+        return False
+
+    @abc.abstractmethod
+    def array(self, name: TensorName) -> Array | NDArray[Any]:
+        """One tensor, as the model or its files hold it: `for_file` gives it the shape of `name`."""
+
+    @abc.abstractmethod
+    def mlp_weights(self) -> Iterator[MLPWeights[Any]]:
+        """The MLP matrices, layer by layer, for scoring."""
+
+    @abc.abstractmethod
+    def runnable_model(self) -> Decoder:
+        """The model with its weights in memory."""
+
+    @abc.abstractmethod
+    def pruned(self, pruned: Pruned | PruningPlan, *, donate: bool = False) -> Self:
+        """The checkpoint with its model refitted and sliced, and a record of all of that added to its history.
+
+        Args:
+          pruned: made for this model: a choice of neurons with the down projections that go with it, or a plan alone.
+          donate: frees the dense MLPs as it goes (see `slice_model`).
+        """
+
+    def with_model(self, model: Decoder) -> LoadedCheckpoint:
+        """Another model, in memory, in the surroundings of this one."""
+        from convert.loaded import LoadedCheckpoint  # here: whoever has a model has JAX
+
+        return LoadedCheckpoint(
+            model=model, **{field.name: getattr(self, field.name) for field in dataclasses.fields(Checkpoint)}
+        )
 
     @property
     def family(self) -> Family:
@@ -83,13 +130,19 @@ class Checkpoint:
         """All tensors of the model, in the order of the forward pass."""
         return tensor_names(self.config, self.family)
 
-    def array(self, name: TensorName) -> Array:
-        """One tensor, in the shape of our parameter."""
-        node: Any = self.model
-        for part in name.path:
-            node = node[part] if isinstance(part, int) else getattr(node, part)
-        array: Array = node.get_value()
-        return array
+    def num_bytes(self, widths: Mapping[int, int] | None = None) -> int:
+        """Bytes of the weights; given `widths`, with only these layers, by index, each with so many neurons."""
+        names, widths = self.tensor_names, dict(enumerate(self.config.intermediate_sizes)) if widths is None else widths
+        total = 0
+        for name in names:
+            size = math.prod(name.shape)
+            if name.path[0] == "layers":
+                if (layer := int(name.path[1])) not in widths:
+                    continue
+                if name.neuron_axis is not None:
+                    size = widths[layer] * name.shape[1 - name.neuron_axis]
+            total += size * self.dtypes[name.name].itemsize
+        return total
 
     def file_size(
         self, file_type: str, pad_to: int = 1, *, from_folder: bool = False, gguf_widths: Widths | None = None
@@ -107,11 +160,11 @@ class Checkpoint:
         Raises:
           RequestError: another type.
         """
-        model, config, family = self.model, self.config, self.family
+        config, family = self.config, self.family
         if file_type == "orbax":
-            return lambda widths: num_bytes(model, widths)
+            return self.num_bytes
         if file_type == "hf":
-            return lambda widths: num_bytes(model, dict.fromkeys(widths, padded_width(max(widths.values()), pad_to)))
+            return lambda widths: self.num_bytes(dict.fromkeys(widths, padded_width(max(widths.values()), pad_to)))
         check_file_type(file_type)
         metadata = metadata_bytes(config, family, self.assets)
         if from_folder or family.gguf is None:
@@ -142,14 +195,6 @@ class Checkpoint:
         settings = parse(self.assets.get("generation_config.json", b"{}"), name)
         check(settings, OBJECT, name)
         return {**self.hf_config, **settings}
-
-    def mlp_weights(self) -> Iterator[MLPWeights]:
-        """The MLP matrices, layer by layer, for scoring."""
-        return mlp_weights(self.model)
-
-    def runnable_model(self) -> Decoder:
-        """The model with its weights in memory."""
-        return self.model
 
     def chat_date(self, documents: Sequence[Document], given: datetime.date | None) -> datetime.date | None:
         """The day that the chat template writes into these documents, if any is a conversation and it writes one.
@@ -185,17 +230,6 @@ class Checkpoint:
             progress=progress,
         )
 
-    def pruned(self, pruned: Pruned | PruningPlan, *, donate: bool = False) -> Self:
-        """The checkpoint with its model refitted and sliced, and a record of all of that added to its history.
-
-        Args:
-          pruned: made for this model: a choice of neurons with the down projections that go with it, or a plan alone.
-          donate: frees the dense MLPs as it goes (see `slice_model`).
-        """
-        pruned = as_pruned(pruned)
-        model = slice_model(pruned.apply(self.model), pruned.plan, donate=donate)
-        return dataclasses.replace(self, model=model, history=(*self.history, self.record(pruned)))
-
     def record(self, pruned: Pruned) -> Mapping[str, Any]:
         """What `history` says of a pruning."""
         return {"base_model": self.source, **pruned.plan.summary(), **pruned.record()}
@@ -221,7 +255,12 @@ def too_large(name: str, dtype: np.dtype[Any]) -> RequestError:
 
 def for_file(name: TensorName, array: Array | NDArray[Any], width: int) -> NDArray[Any]:
     """A tensor of a model as files hold it: head axes merged, storage padding stripped, zero neurons up to `width`."""
-    values = array if isinstance(array, np.ndarray) else to_host(array)
+    if isinstance(array, np.ndarray):
+        values = array
+    else:
+        from gluprune_jax.parallel.mesh import to_host  # here: whoever has an array of JAX has JAX
+
+        values = to_host(array)
     if name.neuron_axis is None:
         return values.reshape(name.shape)
     values = (
@@ -231,26 +270,3 @@ def for_file(name: TensorName, array: Array | NDArray[Any], width: int) -> NDArr
     if not extra:
         return values
     return np.pad(values, [(0, extra if axis == name.neuron_axis else 0) for axis in range(values.ndim)])
-
-
-def choose_mesh(choice: MeshChoice | None, model: Decoder) -> tuple[Mesh | None, ModelConfig]:
-    """The mesh for an abstract model, and its config with the storage padding that this mesh asks for."""
-    mesh = choice(model) if choice else None
-    return mesh, dataclasses.replace(model.config, width_multiple=shape_of(mesh).model)
-
-
-def abstract_weights(config: ModelConfig, dtypes: Mapping[str, Any]) -> Decoder:
-    """The model with shapes and dtypes (by the name of each parameter) in place of arrays."""
-    struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct  # untyped in jax
-    shapes = parameters_of(abstract_model(config))
-    return build_model(config, {name: struct(leaf.shape, dtypes[name]) for name, leaf in shapes.items()})
-
-
-def build_model(config: ModelConfig, arrays: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Decoder:
-    """Puts all parameters, by name and each in our shape, into a model without allocating anything else.
-
-    Shapes and dtypes in place of arrays give an abstract model.
-    """
-    model = abstract_model(config)
-    assert arrays.keys() == parameters_of(model).keys()
-    return with_parameters(model, arrays)

@@ -31,8 +31,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 
 from convert.card_header import read_header
-from convert.checkpoint import Checkpoint, MeshChoice, Progress, choose_mesh, too_large
+from convert.checkpoint import MeshChoice, Progress, too_large
 from convert.huggingface.folder import read_assets
+from convert.loaded import LoadedCheckpoint, choose_mesh
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened
 from gluprune_jax.files.object_store import Folder, reaching
 from gluprune_jax.files.orbax import (
@@ -64,9 +65,10 @@ from gluprune_jax.models.config import (
     ModelConfig,
     Rope,
     YarnRope,
+    name_of,
 )
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import abstract_model, name_of, parameters_of, with_parameters
+from gluprune_jax.models.parameters import abstract_model, parameters_of, with_parameters
 from gluprune_jax.parallel.distributed import synchronize_errors
 from gluprune_jax.parallel.mesh import parameter_sharding, to_host
 
@@ -282,7 +284,7 @@ class OrbaxSource:
     def stream(self) -> None:
         """Orbax is loaded whole."""
 
-    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> Checkpoint:
+    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> LoadedCheckpoint:
         """Loads the model; nothing is told of its progress, for Orbax tells nothing.
 
         Raises:
@@ -307,7 +309,14 @@ class OrbaxSource:
         with reaching(self.assets):
             files, card = read_assets(self.assets), read_header(self.assets)
         history = tuple(metadata["history"])
-        return Checkpoint(model, self.name, metadata["hf_config"], assets=files, history=history, card=card)
+        return LoadedCheckpoint(
+            model=model,
+            source=self.name,
+            hf_config=metadata["hf_config"],
+            assets=files,
+            history=history,
+            card=card,
+        )
 
 
 def _not_finite(model: Decoder) -> list[str]:

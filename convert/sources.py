@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,19 +15,19 @@ from convert.checkpoint import Checkpoint, MeshChoice, Progress
 from convert.demo import DEMOS, demo_path
 from convert.gguf.config import find_mixture
 from convert.gguf.file import read_header
-from convert.gguf.reader import open_gguf, open_gguf_mixture
 from convert.huggingface.folder import HuggingFaceSource, open_huggingface, read_config_file
 from convert.huggingface.hub import hub_snapshot, looks_like_hub_id
 from convert.huggingface.mixture import MixtureCheckpoint, open_mixture_folder
 from convert.huggingface.mixture_config import is_mixture
 from convert.huggingface.safetensors import DTYPES
-from convert.orbax import OrbaxSource, open_orbax
 from convert.output import GGUF_FILE
 from gluprune_jax.errors import GlupruneError, RequestError
 from gluprune_jax.files.atomic import check_no_address
 from gluprune_jax.files.object_store import Folder, folder_at, in_store, reaching
 from gluprune_jax.files.orbax import is_orbax
-from gluprune_jax.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from gluprune_jax.models.decoder import Decoder
 
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
 
@@ -36,7 +36,7 @@ class Source(Protocol):
     """An opened model: everything but its weights has been read and checked."""
 
     @property
-    def abstract_model(self) -> Decoder:
+    def abstract_model(self) -> "Decoder":
         """The model with shapes and dtypes in place of arrays, without storage padding."""
 
     @property
@@ -124,6 +124,8 @@ def open_mixture(
         return None
     if kind is _FOLDER:
         return open_mixture_folder(_path(name), name, cast_to)
+    from convert.gguf.reader import open_gguf_mixture  # here: it needs JAX, which a folder does not
+
     return open_gguf_mixture(_gguf_file(name), name, cast_to)
 
 
@@ -199,15 +201,21 @@ def _path(name: str) -> Path:
 
 
 def _open_demo(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
-    return open_gguf(demo_path(name), f"{DEMOS[name].name} (demo)", dtype)
+    return _opened_gguf(demo_path(name), f"{DEMOS[name].name} (demo)", dtype)
 
 
 def _open_gguf(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
-    return open_gguf(_gguf_file(name), None, dtype)
+    return _opened_gguf(_gguf_file(name), None, dtype)
 
 
 def _open_gguf_folder(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
-    return open_gguf(_gguf_file(name), name, dtype)
+    return _opened_gguf(_gguf_file(name), name, dtype)
+
+
+def _opened_gguf(file: Path, name: str | None, dtype: np.dtype[Any] | None) -> Source:
+    from convert.gguf.reader import open_gguf  # here: it needs JAX, which a folder does not
+
+    return open_gguf(file, name, dtype)
 
 
 def _not_gguf(name: str, dtype: np.dtype[Any] | None, revision: str | None) -> Source:
@@ -233,6 +241,8 @@ def _open_orbax(name: str, dtype: np.dtype[Any] | None, revision: str | None) ->
 
 
 def _opened_orbax(orbax: Folder, name: str, dtype: np.dtype[Any] | None) -> Source:
+    from convert.orbax import OrbaxSource, open_orbax  # here: as above
+
     # Ours stand in a model folder, which holds the tokenizer; of others nothing beside them is known.
     return OrbaxSource(open_orbax(orbax), orbax.parent if orbax.name == "orbax" else orbax, name, dtype)
 

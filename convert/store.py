@@ -8,8 +8,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from convert.checkpoint import Checkpoint, MeshChoice, Progress
 from convert.gguf.export import GGUFOptions, prepare_gguf
@@ -19,7 +18,6 @@ from convert.huggingface.folder import write_assets, write_huggingface
 from convert.huggingface.mixture import MixtureCheckpoint
 from convert.huggingface.one_pass import write_pruned, write_pruned_mixture
 from convert.huggingface.streamed import StreamedCheckpoint
-from convert.orbax import save_orbax
 from convert.output import (
     GGUF_FILE,
     begin_in_store,
@@ -34,12 +32,12 @@ from convert.output import (
 from convert.sources import Source, open_any, open_source
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.object_store import Folder, folder_at, in_store
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import parameters_of
-from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_errors
-from gluprune_jax.parallel.mesh import mesh_of
+from gluprune_jax.parallel.distributed import check_same, is_joined, is_main, process_count, synchronize_errors
 from gluprune_jax.pruning.one_pass import Choice
 from gluprune_jax.pruning.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from gluprune_jax.models.decoder import Decoder
 
 
 def load(
@@ -104,7 +102,7 @@ def _loaded(
         return source.load(progress, mesh) if streamed is None else streamed
 
 
-def describe(name: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Decoder:
+def describe(name: str | Path, *, dtype: str | None = None, revision: str | None = None) -> "Decoder":
     """The model with shapes and dtypes in place of arrays: of the files no weight is read.
 
     Raises:
@@ -159,9 +157,9 @@ def save(
         return _save_mixture(checkpoint, output, formats, overwrite, extra_files or {}, gguf or GGUFOptions(), progress)
     if isinstance(checkpoint, StreamedCheckpoint) and "orbax" in formats:
         checkpoint = checkpoint.load(progress)
-    if "orbax" in formats and jax.process_count() > 1 and mesh_of(checkpoint.model) is None:
+    if "orbax" in formats and is_joined() and not _is_on_mesh(checkpoint):
         raise RequestError(
-            f"with {jax.process_count()} processes an Orbax checkpoint is written from a model that lies on a mesh of "
+            f"with {process_count()} processes an Orbax checkpoint is written from a model that lies on a mesh of "
             f"their devices, and this one lies on one device; give `mesh`, or write `format` hf"
         )
     check_format(output, formats)
@@ -284,13 +282,21 @@ def _save_mixture(
 
 def _write_orbax(checkpoint: Checkpoint, folder: Folder, progress: Progress | None) -> None:
     metadata = {"hf_config": dict(checkpoint.hf_config), "history": list(checkpoint.history)}
-    nbytes = sum(array.nbytes for array in parameters_of(checkpoint.model).values())
+    from convert.orbax import save_orbax  # here: it needs JAX
+
+    nbytes = checkpoint.num_bytes()
     if progress:
         progress("writing Orbax", 0, nbytes)
     with synchronize_errors():
         save_orbax(folder / "orbax", checkpoint.model, metadata)
     if progress:
         progress("writing Orbax", nbytes, nbytes)
+
+
+def _is_on_mesh(checkpoint: Checkpoint) -> bool:
+    from gluprune_jax.parallel.mesh import mesh_of  # here: as above
+
+    return mesh_of(checkpoint.model) is not None
 
 
 def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -209,7 +209,7 @@ def _sweep(request: SweepRequest, command: str) -> None:
     from evals.study.folder import load_study
     from evals.study.grid import Grid, smaller_sizes
     from gluprune_jax.memory.mesh_choice import mesh_chooser
-    from gluprune_jax.pruning.methods import Chooser
+    from gluprune_jax.pruning.chooser import Chooser
     from gluprune_jax.pruning.plan import check_targets
 
     given = request.calibration
@@ -493,7 +493,7 @@ def _opened(
 
     plan = None if pruned is None else pruned.plan
     if pruned is not None:
-        checkpoint = dataclasses.replace(checkpoint, model=pruned.apply(checkpoint.model))
+        checkpoint = checkpoint.with_model(pruned.apply(checkpoint.model))
     if plan is not None and request.slice:
         checkpoint, plan = checkpoint.pruned(plan), None
     with terminal.byte_progress() as progress:

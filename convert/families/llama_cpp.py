@@ -14,7 +14,7 @@ from convert.families.family import FULL, SLIDING
 from convert.gguf.metadata import Metadata
 from gluprune_jax.errors import OperationError, RequestError, shortened
 from gluprune_jax.models.config import LinearRope, Llama3Rope, ModelConfig, Rope, YarnRope
-from gluprune_jax.models.rope import rope_frequencies
+from gluprune_jax.models.frequencies import rope_frequencies
 
 # Q and K of architectures whose RoPE pairs neighbouring dimensions of a head in llama.cpp: rows in another order.
 PERMUTED = frozenset({"q_proj", "k_proj", "q_bias", "k_bias"})

@@ -11,8 +11,7 @@ from typing import Literal
 from convert.families.family import Family, TensorRow
 from convert.families.registry import TENSORS
 from gluprune_jax.errors import listed
-from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.parameters import name_of
+from gluprune_jax.models.config import ModelConfig, name_of
 
 _BASE = "model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from convert.card_header import LICENCE_KEYS
 from convert.checkpoint import Checkpoint
 from convert.gguf.config import HISTORY
@@ -17,11 +15,12 @@ from convert.gguf.widths import Widths
 from convert.gguf.writer import GGUFPlan, plan_gguf, plan_gguf_mixture
 from convert.huggingface.mixture import MixtureCheckpoint
 from convert.huggingface.mixture_config import as_dense
+from convert.huggingface.streamed import StreamedCheckpoint
 from convert.model_card import hub_base_model
 from convert.output import GGUF_FILE, is_gguf_file
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.object_store import Folder
-from gluprune_jax.models.parameters import abstract_model
+from gluprune_jax.parallel.distributed import is_joined, process_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +76,9 @@ def prepare_gguf(checkpoint: Checkpoint | MixtureCheckpoint, options: GGUFOption
       RequestError: llama.cpp has no architecture for the model, or no form for its tokenizer; several processes run.
       OperationError: the tokenizer's files are damaged.
     """
-    if jax.process_count() > 1:
+    if is_joined():
         raise RequestError(
-            f"`format` gguf is written by one process, and these are {jax.process_count()}; write hf, and convert that"
+            f"`format` gguf is written by one process, and these are {process_count()}; write hf, and convert that"
         )
     if isinstance(checkpoint, MixtureCheckpoint):
         plan = plan_gguf_mixture(checkpoint, options.gguf_type, options.gguf_widths)
@@ -93,9 +92,10 @@ def prepare_gguf(checkpoint: Checkpoint | MixtureCheckpoint, options: GGUFOption
 
 
 def _described(mixture: MixtureCheckpoint) -> Checkpoint:
-    """A dense model with all that a mixture has beside its weights, which are shapes alone."""
-    return Checkpoint(
-        model=abstract_model(as_dense(mixture.config, mixture.sizes)),
+    """A dense model without weights, with all that a mixture has beside them."""
+    return StreamedCheckpoint(
+        stored={},
+        stored_config=as_dense(mixture.config, mixture.sizes),
         source=mixture.source,
         hf_config=mixture.config.data,
         assets=mixture.assets,

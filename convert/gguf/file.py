@@ -24,7 +24,7 @@ from gguf import GGUFValueType as ValueType
 from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
-from convert.shards import aligned_empty
+from convert.buffers import aligned_empty
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError, shortened
 
 _NUMBERS: Mapping[int, str] = {

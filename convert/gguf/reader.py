@@ -24,16 +24,9 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from convert import shards
+from convert.buffers import aligned_empty
 from convert.card_header import LICENCE_KEYS
-from convert.checkpoint import (
-    Checkpoint,
-    MeshChoice,
-    Progress,
-    abstract_weights,
-    build_model,
-    cast,
-    choose_mesh,
-)
+from convert.checkpoint import MeshChoice, Progress, cast
 from convert.families.family import Family, GGUFTable
 from convert.families.names import TensorName, file_shape, grouped, tensor_names
 from convert.gguf.config import (
@@ -52,7 +45,7 @@ from convert.gguf.file import GGUFTensor, all_files, place_all_tensors, printabl
 from convert.gguf.tokenizer import end_token_ids, special_token_ids, tokenizer_assets
 from convert.huggingface.mixture import MixtureCheckpoint
 from convert.huggingface.mixture_config import MixtureConfig
-from convert.shards import aligned_empty
+from convert.loaded import LoadedCheckpoint, abstract_weights, build_model, choose_mesh
 from gluprune_jax.errors import GlupruneError, OperationError, shortened
 from gluprune_jax.files.records import parse
 from gluprune_jax.models.config import ModelConfig
@@ -74,7 +67,7 @@ def read_gguf(
     dtype: np.dtype[Any] | None = None,
     progress: Progress | None = None,
     mesh: MeshChoice | None = None,
-) -> Checkpoint:
+) -> LoadedCheckpoint:
     """Reads a GGUF file of an architecture that a family's table has.
 
     Args:
@@ -143,7 +136,7 @@ class GGUFSource:
     def stream(self) -> None:
         """A GGUF file is loaded whole: its tensors are dequantised as they are read."""
 
-    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> Checkpoint:
+    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> LoadedCheckpoint:
         """Reads the weights, tensor by tensor; for the arguments and errors see `read_gguf`."""
         with _naming(self.path):
             chosen, config = choose_mesh(mesh, self.abstract_model)
@@ -151,7 +144,7 @@ class GGUFSource:
             arrays = self._read(config, chosen, progress)
             beside = read_beside(self.fields, self.table, config.vocab_size)
         family = {"model_type": self.family.model_type, "architectures": [self.family.architecture]}
-        return Checkpoint(
+        return LoadedCheckpoint(
             model=build_model(config, arrays),
             source=self.name,
             hf_config={**family, **beside.token_ids},

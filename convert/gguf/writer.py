@@ -32,7 +32,6 @@ from convert.huggingface.safetensors import read_ahead
 from convert.huggingface.streamed import StreamedCheckpoint
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.config import ModelConfig, YarnRope
-from gluprune_jax.models.parameters import parameters_of
 
 TYPES: Mapping[str, GGMLType] = {kind.name: kind for kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0)}
 _DTYPES: Mapping[GGMLType, np.dtype[Any]] = {
@@ -105,7 +104,7 @@ def plan_gguf(
     table, widths, notes = choose_widths(family.gguf, config, gguf_widths, width_multiple)
     padded = dataclasses.replace(config, intermediate_sizes=widths)
     parts = grouped(tensor_names(padded, family), "gguf")
-    dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters_of(checkpoint.model).items()}
+    dtypes = checkpoint.dtypes
     tensors = _tensors(table.divisors(config), parts, lambda name: dtypes[name.name], gguf_type)
     fields = write_metadata(table, config, widths, {name: shape for name, (_, shape) in tensors.items()})
     return _plan(table, config, widths, fields, tensors, parts, gguf_type, notes)

@@ -1,5 +1,7 @@
 """Hugging Face folders: loading them into our model and writing them for stock `transformers`."""
 
+from __future__ import annotations
+
 import dataclasses
 import fnmatch
 import functools
@@ -8,14 +10,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from convert.card_header import read_header
-from convert.checkpoint import Checkpoint, MeshChoice, Progress, abstract_weights, for_file
+from convert.checkpoint import Checkpoint, MeshChoice, Progress, for_file
 from convert.families.family import Family
 from convert.families.names import (
     TensorName,
@@ -45,10 +46,12 @@ from convert.tokenizer import portable_assets
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened
 from gluprune_jax.files.object_store import Folder
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import parameters_of
 from gluprune_jax.parallel.distributed import is_main
-from gluprune_jax.parallel.mesh import is_local
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from gluprune_jax.models.decoder import Decoder
 
 # Files of a checkpoint that pruning does not change; they are copied byte for byte (see `portable_assets`). Among them
 # is all that `AutoTokenizer` reads, in transformers 4.57 and 5.24.
@@ -117,7 +120,6 @@ def open_huggingface(folder: Path, source: str, dtype: np.dtype[Any] | None = No
         notes.append("the zero padding of layers, which the file needs and the model does not, was removed")
 
     return StreamedCheckpoint(
-        model=abstract_weights(config, {name: dtype or tensor.dtype for name, tensor in tensors.items()}),
         source=source,
         hf_config=rest,
         assets=read_assets(folder),
@@ -210,7 +212,7 @@ def write_weights_of(
     progress: Progress | None = None,
     *,
     pad_to: int = 1,
-    array: Callable[[TensorName], jax.Array | NDArray[Any]] | None = None,
+    array: Callable[[TensorName], Array | NDArray[Any]] | None = None,
 ) -> None:
     """Writes the safetensors of `write_huggingface`.
 
@@ -223,19 +225,18 @@ def write_weights_of(
       folder: an existing one.
       progress: called with what is being done, the bytes done and the bytes in all.
       pad_to: the width in the files is a multiple of this.
-      array: gives each tensor once, in our shape; by default `checkpoint.array`.
+      array: gives each tensor once; by default `checkpoint.array`.
 
     Raises:
       OperationError: the disk refuses.
     """
     config, array = checkpoint.config, array or checkpoint.array
     width = file_width(config.intermediate_sizes, pad_to)
-    arrays = parameters_of(checkpoint.model)
     names = grouped(checkpoint.tensor_names, "hf")
-    tensors = {hf: (arrays[parts[0].name].dtype, _file_shape(parts, width)) for hf, parts in names.items()}
+    tensors = {hf: (checkpoint.dtypes[parts[0].name], _file_shape(parts, width)) for hf, parts in names.items()}
     files = _divided(tensors)
     # What is spread over processes is gathered by all of them, on their main threads and in the same order.
-    spread = any(isinstance(array, jax.Array) and not is_local(array) for array in arrays.values())
+    spread = checkpoint.is_spread
     remaining = dict.fromkeys(hf for part in files.values() for hf in write_order(part))
 
     def pieces(hf: str) -> Sequence[Piece]:
@@ -325,8 +326,8 @@ def write_assets(checkpoint: Checkpoint, folder: Path, pad_to: int = 1) -> None:
 
     `pad_to` is that of the weights beside them, as of `write_huggingface`.
     """
-    embedding = checkpoint.model.embed_tokens.get_value()
-    config = write_config(checkpoint.config, checkpoint.hf_config, embedding.dtype, pad_to)
+    dtype = checkpoint.dtypes["embed_tokens"]
+    config = write_config(checkpoint.config, checkpoint.hf_config, dtype, pad_to)
     write_texts(folder, config, checkpoint.history, checkpoint.assets)
 
 

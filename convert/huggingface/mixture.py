@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,10 +25,10 @@ from convert.huggingface.folder import (
 from convert.huggingface.mixture_config import MixtureConfig, read_mixture_config, write_mixture_config
 from convert.huggingface.safetensors import StoredTensor, read_ahead
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened
+from gluprune_jax.models.config import NEURON_AXES
 from gluprune_jax.pruning.mixture import MixtureSizes
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
-from gluprune_jax.pruning.slicing import NEURON_AXES
 
 # Of the tensors of an expert in a file, as transformers 4 and 5 write it, there are three for each expert.
 _PACKED = re.compile(r".*\.layers\.\d+\.(?:mlp|block_sparse_moe)\.(?:experts\.\D.*|(?:input|output)_linear\..*)")
@@ -92,16 +91,10 @@ class MixtureCheckpoint:
         """Of all weights."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors().values())
 
-    def mlp_weights(self) -> Generator[MLPWeights]:
+    def mlp_weights(self) -> Generator[MLPWeights[NDArray[Any]]]:
         """Reads the matrices of one MLP after the other."""
         wanted = [name for names in self.config.mlps for name in names]
-
-        def read(name: str) -> jax.Array:
-            # device_put takes an aligned buffer over; asarray would copy it.
-            array: jax.Array = jax.device_put(self.values(name))
-            return array
-
-        matrices = read_ahead(read, wanted, 1)
+        matrices = read_ahead(self.values, wanted, 1)
         yield from map(MLPWeights, matrices, matrices, matrices)  # a loop would hold an MLP while the next is read
 
     def pruned(self, plan: PruningPlan) -> "MixtureCheckpoint":

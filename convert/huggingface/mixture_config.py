@@ -18,9 +18,8 @@ from convert.huggingface.config import ROPE_KEYS
 from convert.huggingface.rope import read_ropes, write_flat_rope
 from convert.values import integer, number, shown
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.models.config import LayerAttention, ModelConfig, Rope
+from gluprune_jax.models.config import NEURON_AXES, LayerAttention, ModelConfig, Rope
 from gluprune_jax.pruning.mixture import MixtureSizes
-from gluprune_jax.pruning.slicing import NEURON_AXES
 
 # What GGUF files call the matrices of an MLP, and which of their axes counts neurons.
 _GGUF_AXES = dict(zip(("gate", "up", "down"), NEURON_AXES.values(), strict=True))

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from numpy.typing import NDArray
 
 from convert.checkpoint import Progress
@@ -18,10 +16,10 @@ from convert.families.names import TensorName
 from convert.huggingface.folder import write_assets, write_weights_of
 from convert.huggingface.mixture import MixtureCheckpoint
 from convert.huggingface.streamed import StreamedCheckpoint
+from gluprune_jax.models.config import NEURON_AXES
 from gluprune_jax.pruning.one_pass import Choice
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
-from gluprune_jax.pruning.slicing import NEURON_AXES
 
 
 def can_read_once(checkpoint: StreamedCheckpoint | MixtureCheckpoint) -> bool:
@@ -65,7 +63,7 @@ def write_pruned(
     with _kept_neurons(checkpoint, choice) as kept:
         old = choice.blank.remaining_layers
 
-        def array(name: TensorName) -> jax.Array | NDArray[Any]:
+        def array(name: TensorName) -> NDArray[Any]:
             if name.neuron_axis is None:
                 return shapes.array(name)
             return kept.matrix(old[int(name.path[1])], str(name.path[-1]))
@@ -117,7 +115,7 @@ class KeptNeurons:
       choice: is shown each of them in this order.
     """
 
-    def __init__(self, weights: Iterable[MLPWeights], choice: Choice):
+    def __init__(self, weights: Iterable[MLPWeights[NDArray[Any]]], choice: Choice):
         self._weights, self._choice, self._count = iter(weights), choice, 0
         self._held: dict[tuple[int, str], NDArray[Any]] = {}
         self._lock = threading.Lock()  # writers ask on several threads
@@ -145,10 +143,9 @@ class KeptNeurons:
         matrices = list(mlp)
         del mlp  # each matrix is let go as soon as it is cut
         for name, axis in NEURON_AXES.items():
-            values = np.asarray(matrices.pop(0))
+            values = matrices.pop(0)
             if len(kept) == values.shape[axis]:
                 self._held[self._count, name] = values
             elif len(kept):
-                # Not by XLA, whose results lie in small pages: they took longer to get than to fill.
                 self._held[self._count, name] = values.take(kept, axis)
         self._count += 1

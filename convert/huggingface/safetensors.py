@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.shards import aligned_empty, all_finite
+from convert.buffers import aligned_empty, all_finite
 from gluprune_jax.errors import OperationError, RequestError, listed, shortened
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -421,6 +421,14 @@ def check_finite(values: NDArray[Any], where: str) -> None:
     """
     if not all_finite(values):
         raise OperationError(f"{where} has NaN or Inf weights")
+
+
+def beyond_the_neurons(stored: StoredTensor, width: int) -> OperationError:
+    """The refusal of weights where a file should only have padding."""
+    return OperationError(
+        f"{stored.where} has weights beyond neuron {width - 1}, where config.json "
+        f"(gluprune.intermediate_sizes) says that there is only padding"
+    )
 
 
 def layout(tensors: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

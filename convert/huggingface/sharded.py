@@ -1,20 +1,49 @@
 """Tensors read by byte range straight into the devices' parts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from numpy.typing import NDArray
 
+from convert.buffers import aligned_empty
 from convert.checkpoint import cast
 from convert.families.names import TensorName
-from convert.huggingface.safetensors import StoredTensor, TensorReader
-from convert.shards import Box, aligned_empty, assemble
-from gluprune_jax.errors import OperationError
+from convert.huggingface.safetensors import StoredTensor, TensorReader, beyond_the_neurons
+from convert.huggingface.streamed import StreamedCheckpoint
+from convert.shards import Box, assemble, place
+from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.models.parameters import abstract_model, parameters_of
+from gluprune_jax.parallel.mesh import parameter_sharding
 
 _BLOCK = 1 << 20
+
+
+def reader(checkpoint: StreamedCheckpoint, mesh: Mesh | None, config: ModelConfig) -> Callable[[TensorName], Array]:
+    """What reads the parameters of a checkpoint, each in our shape, onto a mesh or the default device.
+
+    Args:
+      checkpoint: whose weights are in files.
+      mesh: None is the default device.
+      config: the architecture of `checkpoint`, with the storage padding that the mesh asks for.
+    """
+    shapes = {name: leaf.shape for name, leaf in parameters_of(abstract_model(config)).items()}
+
+    def read(name: TensorName) -> Array:
+        shape = shapes[name.name]
+        if mesh is None:
+            # device_put takes an aligned buffer over; asarray would copy it.
+            array: Array = jax.device_put(checkpoint.array(name).reshape(shape))
+            return array
+        sharding = parameter_sharding(mesh, name.path, shape)
+        if name.neuron_axis is not None and checkpoint.kept is not None:
+            return place(checkpoint.array(name), shape, sharding)
+        return read_parameter(checkpoint.stored[name.name], name, shape, sharding, checkpoint.dtype)
+
+    return read
 
 
 def read_parameter(
@@ -111,14 +140,6 @@ def _check_padding(stored: StoredTensor, name: TensorName, values: NDArray[Any])
     if np.any(values):
         assert name.neuron_axis is not None
         raise beyond_the_neurons(stored, name.shape[name.neuron_axis])
-
-
-def beyond_the_neurons(stored: StoredTensor, width: int) -> OperationError:
-    """The refusal of weights where a file should only have padding."""
-    return OperationError(
-        f"{stored.where} has weights beyond neuron {width - 1}, where config.json "
-        f"(gluprune.intermediate_sizes) says that there is only padding"
-    )
 
 
 def in_file(box: Box, name: TensorName, shape: Sequence[int]) -> Box:

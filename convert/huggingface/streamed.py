@@ -1,45 +1,39 @@
-"""A Hugging Face checkpoint whose weights stay in their files."""
+"""A Hugging Face checkpoint whose weights stay in their files.
+
+They are read into the host's memory, and JAX is not imported before the model is asked for, or loaded.
+"""
+
+from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from convert import shards
-from convert.checkpoint import (
-    Checkpoint,
-    MeshChoice,
-    Progress,
-    abstract_weights,
-    build_model,
-    cast,
-    choose_mesh,
-)
-from convert.families.names import TensorName
-from convert.huggingface import sharded
+from convert.checkpoint import Checkpoint, MeshChoice, Progress, cast
+from convert.families.names import TensorName, tensor_names
 from convert.huggingface.safetensors import (
     Piece,
     StoredTensor,
     TensorReader,
+    beyond_the_neurons,
     read_ahead,
     read_tensor,
     row_ranges,
 )
-from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import abstract_model, name_of, parameters_of
-from gluprune_jax.parallel.mesh import parameter_sharding, to_host
+from gluprune_jax.models.config import NEURON_AXES, ModelConfig, name_of
 from gluprune_jax.pruning.methods import Pruned, as_pruned
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
-from gluprune_jax.pruning.slicing import NEURON_AXES, slice_neurons
+
+if TYPE_CHECKING:
+    from convert.loaded import LoadedCheckpoint
+    from gluprune_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +46,7 @@ class StreamedCheckpoint(Checkpoint):
     Attributes:
       stored: where each parameter lies, by its name in this model: in the file it has the number of its layer before
         others were dropped.
-      stored_config: the architecture of what is in the files, as far as a plan has left its layers; `config` is that of
-        the pruned model.
+      stored_config: the architecture of what is in the files, as far as a plan has left its layers.
       kept: for each layer the neurons that a plan keeps, if one was applied.
       refitted: matrices of MLPs that are in memory instead of in the files, by name in this model.
       dtype: what every tensor is cast to as it is read; None keeps each tensor's own.
@@ -65,31 +58,42 @@ class StreamedCheckpoint(Checkpoint):
     refitted: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     dtype: np.dtype[Any] | None = None
 
-    def array(self, name: TensorName) -> jax.Array:
-        """Reads one tensor.
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """The architecture of the model, as far as plans have left its neurons."""
+        if self.kept is None:
+            return self.stored_config
+        return self.stored_config.with_layers(range(len(self.kept)), [len(kept) for kept in self.kept])
+
+    @functools.cached_property
+    def dtypes(self) -> Mapping[str, np.dtype[Any]]:
+        """The dtype of each parameter, by name."""
+        return {name: self.dtype or tensor.dtype for name, tensor in self.stored.items()}
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        """The model with shapes and dtypes in place of arrays."""
+        from convert.loaded import abstract_weights  # here: it needs JAX
+
+        return abstract_weights(self.config, self.dtypes)
+
+    def array(self, name: TensorName) -> NDArray[Any]:
+        """Reads one tensor, in the shape of `name`.
 
         Raises:
           OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
           RequestError: values too large for the dtype they are cast to.
         """
         if name.name in self.refitted:
-            refitted: jax.Array = jax.device_put(self.refitted[name.name])
-            return refitted
+            return self.refitted[name.name]
         stored = self.stored[name.name]
         values = self._without_padding(name, read_tensor(stored))
         if self.dtype is not None and self.dtype != values.dtype:
             values = cast(values, self.dtype, stored.where)
-        if name.neuron_axis is None:
-            values = values.reshape(super().array(name).shape)
-        # device_put takes an aligned buffer over; asarray would copy it.
-        array: jax.Array = jax.device_put(values)
         if name.neuron_axis is None or self.kept is None:
-            return array
+            return values
         kept = self.kept[int(name.path[1])]
-        if len(kept) == array.shape[name.neuron_axis]:
-            return array
-        sliced: jax.Array = slice_neurons(name.neuron_axis, 0, array, kept)
-        return sliced
+        return values if len(kept) == values.shape[name.neuron_axis] else values.take(kept, name.neuron_axis)
 
     def pieces(self, name: TensorName) -> list[Piece]:
         """What reads a tensor that has no neurons as files hold it, a few megabytes of its rows at a time."""
@@ -104,7 +108,7 @@ class StreamedCheckpoint(Checkpoint):
 
         return [functools.partial(read, *rows) for rows in row_ranges(stored)]
 
-    def mlp_weights(self) -> Generator[MLPWeights]:
+    def mlp_weights(self) -> Generator[MLPWeights[NDArray[Any]]]:
         """Reads the MLP matrices of one layer after the other."""
         names = {name.path: name for name in self.tensor_names}
         layers = range(self.config.num_hidden_layers)
@@ -124,17 +128,16 @@ class StreamedCheckpoint(Checkpoint):
         pruned = as_pruned(pruned)
         plan, new = pruned.plan, pruned.parameters
         config, layers = plan.pruned_config(self.config), plan.remaining_layers
-        before = {name: _name_before(name, layers) for name in parameters_of(abstract_model(config))}
+        before = {name.name: _name_before(name.path, layers) for name in tensor_names(config, self.family)}
         stored = {name: self.stored[old] for name, old in before.items()}
         refitted = {}
         for name, old in before.items():
             if old in new or old in self.refitted:
-                dense = to_host(new[old]) if old in new else self.refitted[old]
+                dense = self.refitted[old] if old not in new else _to_host(new[old])
                 _, i, _, matrix = old.split(".")
                 refitted[name] = np.take(dense, plan.kept[int(i)], NEURON_AXES[matrix])
         return dataclasses.replace(
             self,
-            model=abstract_weights(config, {name: self.dtype or tensor.dtype for name, tensor in stored.items()}),
             stored=stored,
             stored_config=self.stored_config.with_layers(layers),
             kept=tuple(plan.kept[i] if self.kept is None else self.kept[i][plan.kept[i]] for i in layers),
@@ -142,7 +145,7 @@ class StreamedCheckpoint(Checkpoint):
             history=(*self.history, self.record(pruned)),
         )
 
-    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> Checkpoint:
+    def load(self, progress: Progress | None = None, mesh: MeshChoice | None = None) -> LoadedCheckpoint:
         """Reads everything into a model that runs.
 
         Args:
@@ -153,8 +156,11 @@ class StreamedCheckpoint(Checkpoint):
         Raises:
           OperationError: the files cannot be read; NaN or Inf.
         """
+        from convert.huggingface.sharded import reader  # here: these need JAX
+        from convert.loaded import build_model, choose_mesh
+
         chosen, config = choose_mesh(mesh, self.model)
-        read = self.array if chosen is None else self._reader(chosen, config)
+        read = reader(self, chosen, config)
         total, done = sum(tensor.nbytes for tensor in self.stored.values()), 0
         arrays = {}
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -169,21 +175,7 @@ class StreamedCheckpoint(Checkpoint):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Checkpoint)}
-        return Checkpoint(**fields | {"model": build_model(config, arrays)})
-
-    def _reader(self, mesh: Mesh, config: ModelConfig) -> Callable[[TensorName], jax.Array]:
-        """Reads tensors onto a mesh."""
-        shapes = {name: leaf.shape for name, leaf in parameters_of(abstract_model(config)).items()}
-
-        def read(name: TensorName) -> jax.Array:
-            shape = shapes[name.name]
-            sharding = parameter_sharding(mesh, name.path, shape)
-            if name.neuron_axis is not None and self.kept is not None:
-                return shards.place(np.asarray(self.array(name)), shape, sharding)
-            return sharded.read_parameter(self.stored[name.name], name, shape, sharding, self.dtype)
-
-        return read
+        return self.with_model(build_model(config, arrays))
 
     def _without_padding(self, name: TensorName, values: NDArray[Any]) -> NDArray[Any]:
         """Removes the padding of a layer that is narrower than the file has it, which must be zero."""
@@ -194,13 +186,19 @@ class StreamedCheckpoint(Checkpoint):
             return values
         real, padding = np.split(values, [width], axis=name.neuron_axis)
         if np.any(padding):
-            raise sharded.beyond_the_neurons(self.stored[name.name], width)
+            raise beyond_the_neurons(self.stored[name.name], width)
         return np.ascontiguousarray(real)
 
 
-def _name_before(name: str, layers: Sequence[int]) -> str:
-    """What a parameter was called before all but `layers` were dropped."""
-    match name.split("."):
-        case "layers", i, *rest:
-            return name_of(("layers", layers[int(i)], *rest))
-    return name
+def _name_before(path: Sequence[str | int], layers: Sequence[int]) -> str:
+    """What the parameter at a path was called before all but `layers` were dropped."""
+    match path:
+        case "layers", int(i), *rest:
+            return name_of(("layers", layers[i], *rest))
+    return name_of(tuple(path))
+
+
+def _to_host(array: Any) -> NDArray[Any]:
+    from gluprune_jax.parallel.mesh import to_host  # here: whoever has refitted a model has JAX
+
+    return to_host(array)

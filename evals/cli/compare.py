@@ -39,6 +39,7 @@ from gluprune_jax.memory.plan import Evaluation
 from gluprune_jax.models.parameters import checksum
 from gluprune_jax.parallel.distributed import check_same, is_main, synchronize_errors
 from gluprune_jax.pruning import methods
+from gluprune_jax.pruning.chooser import Chooser
 from gluprune_jax.pruning.methods import Method, Pruned
 from gluprune_jax.pruning.plan import check_targets
 from gluprune_jax.pruning.scores import fingerprint
@@ -110,7 +111,7 @@ def compare(request: CompareRequest) -> None:
             )
         check_targets(checkpoint.config, targets)
     meter = _Meter(request, checkpoint, texts, tasks, limits)
-    chooser = methods.Chooser(
+    chooser = Chooser(
         checkpoint.model,
         checkpoint.mlp_weights,
         windows=windows,
@@ -343,7 +344,7 @@ class _Meter:
             found["answer"] = self._sampler.answer(model, masks)
         asked = self._request.tasks_for is None or pruned is None or method in self._request.tasks_for
         if self._tasks is not None and asked:
-            checkpoint = dataclasses.replace(self._checkpoint, model=model)
+            checkpoint = self._checkpoint.with_model(model)
             found["benchmarks"] = _benchmarks(self._loaded, self._limits, checkpoint, masks)
         return found
 

@@ -30,9 +30,9 @@ from gluprune_jax.files.atomic import check_file, write_file_atomic
 from gluprune_jax.memory.mesh_choice import mesh_chooser
 from gluprune_jax.memory.plan import Evaluation
 from gluprune_jax.parallel.distributed import is_main, synchronize_errors
-from gluprune_jax.pruning.criteria import find_criterion
+from gluprune_jax.pruning.choices import is_data_driven
 from gluprune_jax.pruning.plan import PruningPlan
-from gluprune_jax.pruning.scores import Scores, is_data_driven
+from gluprune_jax.pruning.scores import Scores
 from gluprune_jax.pruning.targets import TARGETS, format_target
 
 IDLE_SECONDS = 5.0
@@ -136,7 +136,7 @@ def _check_request(request: EfficiencyRequest) -> list[dict[str, Any]]:
             f"--most-prompts is {request.most_prompts}, and --batch-sizes has {max(request.batch_sizes)}, which takes "
             f"as many"
         )
-    if is_data_driven(find_criterion(request.criterion)[1]):
+    if is_data_driven(request.criterion):
         raise RequestError(
             f"--criterion {request.criterion} needs activations on text; give one of weights alone, such as ppm"
         )

@@ -18,7 +18,7 @@ from evals.results.describe import describe_setting
 from evals.results.setting import GIVEN, Setting
 from evals.results.store import Result, SettingResults, check_output, open_setting, recorded_dates
 from gluprune_jax.cli import terminal
-from gluprune_jax.cli.report import show_plan
+from gluprune_jax.cli.memory import show_plan
 from gluprune_jax.errors import RequestError, check_at_least
 from gluprune_jax.memory.mesh_choice import mesh_chooser
 from gluprune_jax.memory.plan import Evaluation

@@ -13,14 +13,12 @@ import jax
 import numpy as np
 
 from convert.chat import template_of
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Checkpoint, for_file
 from convert.tokenizer import end_of_sequence_ids
 from evals.results.setting import Setting
 from gluprune_jax.errors import RequestError
 from gluprune_jax.files.records import json_digest
 from gluprune_jax.models.config import LayerAttention, Llama3Rope, ModelConfig, Rope
-from gluprune_jax.models.parameters import parameters_of
-from gluprune_jax.parallel.mesh import to_host
 from gluprune_jax.pruning.plan import PruningPlan
 
 # To be raised with every change to this program that changes answers by more than rounding: what older versions
@@ -70,7 +68,7 @@ def describe_setting(
         # Few-shot examples become turns of the conversation, lm-eval's default.
         chat = {"sha256": json_digest(template), "multiturn": True}
         chat |= {} if date is None else {"date": date.isoformat()}
-    dtypes = {array.dtype.name for array in parameters_of(checkpoint.model).values()}
+    dtypes = {dtype.name for dtype in checkpoint.dtypes.values()}
     decides = {
         "revision": REVISION,
         "weights": weights_digest(checkpoint, progress),
@@ -111,13 +109,12 @@ def weights_digest(checkpoint: Checkpoint, progress: Callable[[str, int, int], N
     """
     architecture = _architecture(checkpoint.config)
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    total = sum(array.nbytes for array in parameters_of(checkpoint.model).values())
+    total = checkpoint.num_bytes()
     done = 0
     for name in checkpoint.tensor_names:
-        values = to_host(checkpoint.array(name))
+        width = 0 if name.neuron_axis is None else name.shape[name.neuron_axis]
+        values = for_file(name, checkpoint.array(name), width)  # without storage padding, which is no part of the model
         done += values.nbytes
-        if name.neuron_axis is not None:  # storage padding is no part of the model
-            values = values.take(range(name.shape[name.neuron_axis]), axis=name.neuron_axis)
         digest.update(f"{name.hf} {values.dtype.name} {name.shape}\n".encode())
         digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         if progress:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, Protocol
 from evals.study.rows import ResumableRows
 from gluprune_jax.errors import RequestError
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
+from gluprune_jax.pruning.choices import inputs_of_criterion
 from gluprune_jax.pruning.methods import Method, Pruned
 from gluprune_jax.pruning.targets import TARGETS, format_target, target_width
 
 
 class Chooses(Protocol):
-    """What prunes by a method to each size, as `gluprune_jax.pruning.methods.Chooser` does."""
+    """What prunes by a method to each size, as `gluprune_jax.pruning.chooser.Chooser` does."""
 
     def choose(self, method: Method, targets: Sequence[Mapping[str, Any]], /) -> list[Pruned]: ...
 
@@ -66,7 +66,7 @@ class Grid:
         if rows.find(self.dense) is None:
             yield Cell(dict(self.dense), {}, None)
         for method in self.methods:
-            draws = self.seeds is not None and "key" in inputs_of(find_criterion(method.criterion)[1])
+            draws = self.seeds is not None and "key" in inputs_of_criterion(method.criterion)
             for seed in range(self.seeds or 0) if draws else (None,):
                 keys = [self._key(method, target, seed) for target in self.targets]
                 missing = [number for number, key in enumerate(keys) if rows.find(key) is None]

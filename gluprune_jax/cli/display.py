@@ -52,7 +52,7 @@ class Compilations:
     _PHASES = "/jax/core/compile/"
 
     def __init__(self) -> None:
-        import jax  # here: what is shown while nothing is computed needs none
+        import jax  # here: as `is_compiling` says
 
         self._running = 0
         self._lock = threading.Lock()
@@ -77,6 +77,11 @@ class Compilations:
 def compilations() -> Compilations:
     """Those of this process, from the first call on."""
     return Compilations()
+
+
+def is_compiling() -> bool:
+    """Whether JAX is compiling; it is not where nobody has imported it, as what goes from file to file does not."""
+    return hasattr(sys.modules.get("jax"), "monitoring") and bool(compilations())
 
 
 class Work:
@@ -115,11 +120,11 @@ class Work:
         elapsed = self._clock() - begun
         return (self.done - before) / elapsed if self.done > before and elapsed > 0 else None
 
-    def describe(self, is_compiling: bool) -> str:
+    def describe(self, compiles: bool) -> str:
         """How much is done, how fast, and how long it will take."""
         parts = [self._amount(), self._state]
         speed = self.speed()
-        if is_compiling:
+        if compiles:
             parts.append("compiling")
         elif speed is not None:
             parts.append(format_speed(speed, self.unit))
@@ -170,7 +175,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), _Description())
         self._bars = Progress(*columns, console=console, transient=True, redirect_stdout=False)
         self._idle = threading.Event()
-        compilations()  # JAX tells only who listens before a compilation begins
+        is_compiling()  # JAX tells only who listens before a compilation begins
         self._printer: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -206,7 +211,7 @@ class Display:
         if one is None or self.next_line is None or now < self.next_line:
             return None
         self.next_line = now + LINE_SECONDS
-        return f"{one.what}: {one.describe(bool(compilations()))}"
+        return f"{one.what}: {one.describe(is_compiling())}"
 
     def _start(self) -> None:
         if self.console.is_interactive or self.console.is_jupyter:
@@ -236,4 +241,4 @@ class Display:
 class _Description(ProgressColumn):
     def render(self, task: Task) -> Text:
         work: Work = task.fields["work"]
-        return Text(work.describe(bool(compilations())))
+        return Text(work.describe(is_compiling()))

@@ -3,15 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from gluprune_jax.cli import options, terminal
 from gluprune_jax.errors import RequestError, check_at_least
-from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP
+from gluprune_jax.pruning.choices import ALLOCATIONS, MIN_KEEP, inputs_of_criterion
+from gluprune_jax.pruning.methods import Method
 from gluprune_jax.pruning.statistics import SENSITIVITIES
-
-if TYPE_CHECKING:
-    from gluprune_jax.pruning.methods import Method
 
 COMPENSATIONS = (
     "none",
@@ -96,10 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def spelled_method(request: MethodRequest) -> "Method":
+def spelled_method(request: MethodRequest) -> Method:
     """The method that a request spells, whatever it lacks."""
-    from gluprune_jax.pruning.methods import Method  # here: `add_arguments` needs no JAX
-
     return Method(
         request.criterion,
         request.allocation,
@@ -125,7 +121,7 @@ def note_own_text(given: Sequence[str], texts: Sequence[str], *, is_dry_run: boo
         )
 
 
-def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Method":
+def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> Method:
     """The method that a request asks for.
 
     Args:
@@ -135,9 +131,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
     Raises:
       RequestError: options that do not go together.
     """
-    from gluprune_jax.pruning.criteria import find_criterion, inputs_of  # here: `add_arguments` needs no JAX
-
-    find_criterion(request.criterion)
+    inputs_of_criterion(request.criterion)  # refuses what is none
     method = spelled_method(request)
     check_calibration(request, [method], request.statistics)
     if request.statistics_out and request.statistics:
@@ -155,7 +149,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
     if request.statistics and not has_use:
         raise RequestError(f"--statistics has no effect with --criterion {method.criterion}; {remedy}, or leave it out")
     # Sensitivities are another pass over the text: statistics may be without.
-    may_add = not set(SENSITIVITIES).isdisjoint(inputs_of(find_criterion(request.criterion)[1]))
+    may_add = not set(SENSITIVITIES).isdisjoint(inputs_of_criterion(request.criterion))
     needs_text = method.needs_text or (has_use and (may_add or not request.statistics))
     if request.calibration and not (needs_text or request.statistics_out):
         what = "with --statistics" if request.statistics else f"with --criterion {method.criterion}"
@@ -167,7 +161,7 @@ def method_of(request: MethodRequest, *, needs_statistics: bool = False) -> "Met
 
 def check_calibration(
     request: CalibrationRequest,
-    methods: Sequence["Method"],
+    methods: Sequence[Method],
     statistics: Path | None = None,
 ) -> None:
     """Refuses methods that lack the text or the statistics that they need.

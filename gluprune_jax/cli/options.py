@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gluprune_jax.data.documents import DATA_HELP, PYTHON_REFERENCE, SELF, SELF_HELP
 from gluprune_jax.files.object_store import folder_at
+from gluprune_jax.memory.mesh_choice import REMEDIES, MeshRequest
 from gluprune_jax.pruning.choices import CRITERION_NAMES, MIN_KEEP
 from gluprune_jax.pruning.targets import RUNTIMES
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-    from gluprune_jax.memory.mesh_choice import MeshRequest
 
     Request = TypeVar("Request", bound=DataclassInstance)
 else:
@@ -389,11 +388,8 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def mesh_request(args: argparse.Namespace) -> "MeshRequest":
+def mesh_request(args: argparse.Namespace) -> MeshRequest:
     """What the options of devices ask for; an error proposes only options that the command has."""
-    from gluprune_jax.memory.mesh_choice import MeshRequest  # here: a command line that is refused needs no JAX
-    from gluprune_jax.memory.plan import REMEDIES
-
     remedies = set(REMEDIES) & vars(args).keys()
     if getattr(args, "stream", None) is not False:  # where it could stream and is not told otherwise, it does
         remedies.discard("stream")

@@ -123,7 +123,7 @@ def recover(request: RecoverRequest, command: str) -> None:
             measured["teacher"] = meter(teacher_model, "teacher", None)
         measured["before"] = meter(student, "before", None)
     recovery = Recovery(student, teacher_model, windows, recipe)
-    checkpoint = dataclasses.replace(checkpoint, model=abstract_model(student.config))
+    checkpoint = checkpoint.with_model(abstract_model(student.config))
     del student, teacher, teacher_model  # what is trained has copies of its own
     checkpoints = TrainingCheckpoints(checkpoints_at, settings, former=FORMER_SETTINGS, later=("--date",))
     found = checkpoints.restore(recovery.state)
@@ -150,7 +150,7 @@ def recover(request: RecoverRequest, command: str) -> None:
         train(recovery, checkpoints=checkpoints, checkpoint_every=every, log=log, on_step=show)
     record = {"steps": recovery.step, "tokens": recovery.tokens, "teacher": request.teacher, "settings": settings}
     history = (*checkpoint.history, {"recovery": record})
-    checkpoint = dataclasses.replace(checkpoint, model=recovery.model(), history=history)
+    checkpoint = dataclasses.replace(checkpoint.with_model(recovery.model()), history=history)
     if texts:
         measured["after"] = meter(checkpoint.model, "after", None)
     card = recovery_card(checkpoint, record, lines[-1] if lines else {}, command)

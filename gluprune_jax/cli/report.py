@@ -8,64 +8,40 @@ from rich.table import Table
 from rich.text import Text
 
 from gluprune_jax.errors import format_bytes
-from gluprune_jax.memory.plan import Evaluation, MemoryPlan
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import num_bytes
 from gluprune_jax.pruning.mixture import MixtureSizes
 from gluprune_jax.pruning.plan import PruningPlan, ranks_neurons
 from gluprune_jax.pruning.targets import format_layers, padded_width
 
 FORMAT_NAMES = {"hf": "safetensors", "orbax": "Orbax", "gguf": "GGUF"}
 
-# ---------------------------------------------------------------------------------------------------------- table
+# Bytes of the weights of a model with only some of its layers, by index, each with so many neurons.
+NumBytes = Callable[[Mapping[int, int]], int]
 
 
-def show_plan(plan: MemoryPlan, capacity: int | None, console: Console) -> None:
-    """Prints a plan as a table; `capacity` is the bytes of one device, where they are known."""
-    devices = f"{plan.mesh.devices} device{'s' * (plan.mesh.devices > 1)}"
-    table = Table(title=f"memory of each device, {plan.mesh} ({devices})", title_justify="left")
-    for column in ("", "bytes per device", "of the device"):
-        table.add_column(column, justify="right" if column else "left")
-    parts = {"weights": plan.weights, "cache": plan.cache, "workspace, at most": plan.workspace, "total": plan.total}
-    for name, size in parts.items():
-        if name == "total":
-            table.add_section()
-        table.add_row(name, format_bytes(size), "" if capacity is None else f"{size / capacity:.1%}")
-    if capacity is not None:
-        table.add_row("the device", format_bytes(capacity), "100.0%")
-    console.print(table)
-    if isinstance(plan.use, Evaluation):
-        generated = f"; {plan.use.slots} sequences of {plan.use.decoded:,} decoded together" * bool(plan.use.decoded)
-        console.print(
-            f"in each replica: {plan.use.rows} rows of 512 tokens at once; documents and shared beginnings of "
-            f"{plan.use.cached:,} tokens{generated}",
-            style="dim",
-        )
-
-
-def changes(model: Decoder, plan: PruningPlan, pad_to: int = 1) -> dict[str, Any]:
+def changes(dense: ModelConfig, num_bytes: NumBytes, plan: PruningPlan, pad_to: int = 1) -> dict[str, Any]:
     """Layers, widths, parameters and bytes before and after `plan`.
 
     `bytes` are those of the weights without any padding, `file_bytes` those in files of each format, in which padding
     is counted: in safetensors all layers have one width, `file_width`.
 
     Args:
-      model: the dense model; may be abstract.
+      dense: the architecture of the dense model.
+      num_bytes: gives the bytes of its weights.
       plan: what is kept.
       pad_to: the width in safetensors is rounded up to a multiple of this, of the pruned model.
 
     Raises:
       RequestError: the plan was made for a model of another shape.
     """
-    dense, pruned = model.config, plan.pruned_config(model.config)
+    pruned = plan.pruned_config(dense)
     before = dict(enumerate(dense.intermediate_sizes))
     after = {i: plan.widths[i] for i in plan.remaining_layers}
     return {
         "plan": plan.summary(),
         "hidden_size": dense.hidden_size,
-        "before": _sizes(dense, num_bytes(model, before)) | _file_sizes(model, before, 1),
-        "after": _sizes(pruned, num_bytes(model, after)) | _file_sizes(model, after, pad_to),
+        "before": _sizes(dense, num_bytes(before)) | _file_sizes(num_bytes, before, 1),
+        "after": _sizes(pruned, num_bytes(after)) | _file_sizes(num_bytes, after, pad_to),
     }
 
 
@@ -89,13 +65,13 @@ def _sizes(config: ModelConfig | MixtureSizes, num_bytes: int) -> dict[str, Any]
     }
 
 
-def _file_sizes(model: Decoder, widths: Mapping[int, int], pad_to: int) -> dict[str, Any]:
-    """The bytes of the weights of `model` in files, with only these of its layers, and the width of all in safetensors.
+def _file_sizes(num_bytes: NumBytes, widths: Mapping[int, int], pad_to: int) -> dict[str, Any]:
+    """The bytes of the weights of a model in files, with only these of its layers, and the width of all in safetensors.
 
     What files hold beside weights, some kilobytes and the tokenizer, is not counted.
     """
     width = padded_width(max(widths.values()), pad_to)
-    nbytes = {"hf": num_bytes(model, dict.fromkeys(widths, width)), "orbax": num_bytes(model, widths)}
+    nbytes = {"hf": num_bytes(dict.fromkeys(widths, width)), "orbax": num_bytes(widths)}
     return {"file_width": width, "file_bytes": nbytes}
 
 

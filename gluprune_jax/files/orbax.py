@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import jax
-
 from gluprune_jax.errors import OperationError, RequestError, first_line, shortened
 from gluprune_jax.files.object_store import Folder, in_store, sizes
 from gluprune_jax.files.records import (
@@ -30,7 +28,7 @@ from gluprune_jax.files.records import (
     record_of,
     table_of,
 )
-from gluprune_jax.parallel.distributed import gather_from_all, synchronize_errors
+from gluprune_jax.parallel.distributed import gather_from_all, process_index, synchronize_errors
 
 COMMIT_FILE = "files.json"
 _ORBAX_MARKER = "_CHECKPOINT_METADATA"
@@ -148,14 +146,14 @@ def write_commit_file(path: Folder) -> None:
     """
     ours = {}
     with synchronize_errors(), calling_orbax(f"cannot write the Orbax checkpoint {path}"):
-        if not in_store(path) and jax.process_index() > 0:
+        if not in_store(path) and process_index() > 0:
             # What a process has written is surely to be seen by it, and still in its memory.
-            mine = path.glob(f"**/ocdbt.process_{jax.process_index()}/**/*")
+            mine = path.glob(f"**/ocdbt.process_{process_index()}/**/*")
             ours = _checksums(path, [file.relative_to(path).as_posix() for file in mine if file.is_file()])
     known: dict[str, str] = {}
     for answer in gather_from_all(json.dumps(ours).encode()):
         known |= json.loads(answer)
-    if jax.process_index() == 0:
+    if process_index() == 0:
         with calling_orbax(f"cannot write the Orbax checkpoint {path}"):
             found: Mapping[str, Any] = file_sizes(path)
             if not in_store(path):

@@ -1,16 +1,22 @@
 """The mesh of a model: the one that was asked for, or the one that what it is to do fits on."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
-import jax
-from jax.sharding import Mesh
-
-from gluprune_jax.memory.plan import REMEDIES, Evaluation, MemoryPlan, Pruning, check_fits, choose_mesh, plan_memory
-from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel import distributed
 from gluprune_jax.parallel.machine import device_memory, parse_bytes
-from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parse_mesh
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from gluprune_jax.memory.plan import Evaluation, MemoryPlan, Pruning
+    from gluprune_jax.models.decoder import Decoder
+
+# What may make a model fit, as parameters of whoever asks.
+REMEDIES = ("mesh", "stream", "batch_size", "context_length", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,11 @@ class MeshRequest:
         Raises:
           RequestError: a mesh that is spelled wrongly.
         """
+        import jax  # here, as in what follows: a request alone needs no JAX
+
+        from gluprune_jax.memory.plan import Evaluation, choose_mesh, plan_memory
+        from gluprune_jax.parallel.mesh import parse_mesh
+
         asked = parse_mesh(self.mesh)
         # CPU devices share one memory: it is no reason to divide a model.
         shared = self.device_memory is None and jax.default_backend() == "cpu"
@@ -65,6 +76,8 @@ class MeshRequest:
         Raises:
           RequestError: it does not; with those changes that would help.
         """
+        from gluprune_jax.memory.plan import check_fits
+
         if size is not None:
             check_fits(model, planned, size, self.remedies)
 
@@ -75,6 +88,8 @@ def mesh_chooser(request: MeshRequest, uses: Sequence[Evaluation | Pruning]) -> 
     Raises:
       RequestError: as `MeshRequest.plan` and `MeshRequest.check`, at once or when the choice is made.
     """
+    from gluprune_jax.parallel.mesh import MeshShape, make_mesh, parse_mesh
+
     # What is spelled wrongly is refused before any file is opened.
     parse_mesh(request.mesh)
     own = request.capacity()
@@ -84,7 +99,7 @@ def mesh_chooser(request: MeshRequest, uses: Sequence[Evaluation | Pruning]) -> 
     def choose(model: Decoder) -> Mesh | None:
         planned = request.plan(model, uses, size)
         request.check(model, planned, size)
-        if planned.mesh == MeshShape(1, 1) and jax.process_count() == 1:
+        if planned.mesh == MeshShape(1, 1) and not distributed.is_joined():
             return None
         return make_mesh(planned.mesh, model.config.num_key_value_heads)
 

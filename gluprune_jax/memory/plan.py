@@ -21,6 +21,7 @@ from gluprune_jax.errors import RequestError, format_bytes
 from gluprune_jax.inference.engine import BATCHES_IN_FLIGHT, SCORED_TOKENS
 from gluprune_jax.inference.generation import STEPS_PER_CALL, slots_for
 from gluprune_jax.inference.prefill import CHUNKS, cache_slots
+from gluprune_jax.memory.mesh_choice import REMEDIES
 from gluprune_jax.models.attention import KEY_BLOCK
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
@@ -32,10 +33,6 @@ from gluprune_jax.pruning.reconstruction import STEP_TOKENS
 
 # The share of a device's memory that is planned with: programs, buffers of the runtime and gaps take the rest.
 USABLE = Fraction(9, 10)
-
-
-# What may make a model fit, as parameters of whoever asks.
-REMEDIES = ("mesh", "stream", "batch_size", "context_length", "dtype")
 
 
 # No model is spread over more devices than this by a suggestion.

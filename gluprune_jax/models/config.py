@@ -3,12 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import RequestError
+
+# Of each matrix of an MLP the axis that counts its neurons, in the order of the forward pass.
+NEURON_AXES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """The name of the parameter at a path: "layers.3.mlp.gate_proj" of ("layers", 3, "mlp", "gate_proj")."""
+    return ".".join(map(str, path))
+
 
 # ----------------------------------------------------------------------------------------------------- rope
 

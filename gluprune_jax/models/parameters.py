@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from gluprune_jax.models.config import ModelConfig
+from gluprune_jax.models.config import ModelConfig, name_of
 from gluprune_jax.models.decoder import Decoder, M
 
 # Arrays by name.
@@ -56,30 +56,10 @@ def with_parameters(module: M, parameters: Mapping[str, Any]) -> M:
     return replaced
 
 
-def num_bytes(model: Decoder, widths: Mapping[Any, int]) -> int:
-    """Bytes of the weights of a model, which may be abstract, with only these layers, each with so many neurons."""
-    total = 0
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        weight = variable.get_value()
-        size = weight.size
-        if path[0] == "layers":
-            if path[1] not in widths:
-                continue
-            if path[2] == "mlp":
-                size = widths[path[1]] * model.config.hidden_size
-        total += size * weight.dtype.itemsize
-    return total
-
-
 def parameters_of(model: Decoder) -> Parameters:
     """The parameters of a model by name."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {name_of(path): variable.get_value() for path, variable in flat}
-
-
-def name_of(path: tuple[Any, ...]) -> str:
-    """The name of the parameter at a path: "layers.3.mlp.gate_proj" of ("layers", 3, "mlp", "gate_proj")."""
-    return ".".join(map(str, path))
 
 
 # ----------------------------------------------------------------------------------------------------- identity

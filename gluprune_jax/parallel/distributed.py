@@ -34,6 +34,15 @@ def process_index() -> int:
     return jax.process_index()
 
 
+def process_count() -> int:
+    """How many processes there are; it does not touch the devices, which may be in use or absent."""
+    if not is_initialized():
+        return 1
+    import jax
+
+    return int(jax.process_count())
+
+
 def is_silent() -> bool:
     """Whether this is a process that leaves speaking to another."""
     return process_index() != 0
@@ -50,12 +59,8 @@ def is_main() -> bool:
 
 
 def is_joined() -> bool:
-    """Whether this process is one of several. It does not touch the devices, which may be in use or absent."""
-    if not is_initialized():
-        return False
-    import jax
-
-    return bool(jax.process_count() > 1)
+    """Whether this process is one of several."""
+    return process_count() > 1
 
 
 def check_same(what: str, parts: Iterable[bytes]) -> None:

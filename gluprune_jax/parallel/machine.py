@@ -5,8 +5,6 @@ import os
 import re
 from fractions import Fraction
 
-import jax
-
 from gluprune_jax.errors import RequestError
 
 _UNITS = {f"{prefix}{end}": base**n for end, base in (("b", 1000), ("ib", 1024)) for n, prefix in enumerate("kmgt", 1)}
@@ -35,6 +33,8 @@ def device_memory() -> int | None:
     CPU devices share the host's memory: an equal part of it. What others use of it now is not counted, for a run takes
     hours and they may not.
     """
+    import jax  # here: what a text means is known without it
+
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
@@ -44,6 +44,8 @@ def device_memory() -> int | None:
 
 def free_memory() -> int:
     """Bytes that are free on the first device; of the host's memory, where that is the device's, an equal part."""
+    import jax  # here: as above
+
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])

@@ -17,10 +17,8 @@ from gluprune_jax.files.object_store import in_store
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning import methods
 from gluprune_jax.pruning.budget import ALL_TARGETS, parse_parameters, parse_target_bytes
-from gluprune_jax.pruning.choices import MIN_KEEP
-from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA, find_criterion
+from gluprune_jax.pruning.choices import MIN_KEEP, WEIGHT_CRITERION_NAMES, is_data_driven
 from gluprune_jax.pruning.plan import PruningPlan
-from gluprune_jax.pruning.scores import is_data_driven
 from gluprune_jax.pruning.statistics import Statistics
 from gluprune_jax.pruning.targets import WIDTHLESS, width_for_expansion_ratio, width_for_percent, width_rounding
 
@@ -195,10 +193,9 @@ def _check_file_out(request: PruneRequest, flag: str, path: Path, load: Callable
 
 def check_mixture_request(request: PruneRequest) -> None:
     """Refuses what a mixture of experts cannot have."""
-    _, criterion = find_criterion(request.criterion)
     given = {
         "--calibration-data": bool(request.calibration),
-        f"--criterion {request.criterion}": is_data_driven(criterion),
+        f"--criterion {request.criterion}": is_data_driven(request.criterion),
         "--statistics": request.statistics is not None,
         "--statistics-out": request.statistics_out is not None,
         f"--compensate {request.compensate}": request.compensate != "none",
@@ -226,8 +223,8 @@ def check_mixture_request(request: PruneRequest) -> None:
         raise RequestError(
             f"{' and '.join(flags[:3])} cannot be given for {request.model}: a mixture of experts is pruned from file "
             f"to file, without running it, all experts to one width; possible are criteria of weights alone "
-            f"({', '.join(WEIGHT_CRITERIA)}, random), --prune-percent, --expansion-ratio, --width, --multiple-of, "
-            f"--for, --plan, and --format hf or gguf"
+            f"({', '.join(WEIGHT_CRITERION_NAMES)}, random), --prune-percent, --expansion-ratio, --width, "
+            f"--multiple-of, --for, --plan, and --format hf or gguf"
         )
 
 

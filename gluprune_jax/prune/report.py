@@ -22,14 +22,15 @@ from convert.gguf.sizes import (
 from convert.gguf.widths import choose_widths
 from convert.gguf.writer import plan_gguf_mixture
 from convert.huggingface.push import push_to_hub
+from convert.model_card import model_card
 from gluprune_jax.cli import terminal
-from gluprune_jax.cli.report import FORMAT_NAMES, show
+from gluprune_jax.cli.report import FORMAT_NAMES, changes, show
 from gluprune_jax.errors import RequestError, spelled
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import parameters_of
+from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.parallel.distributed import is_main, synchronize_errors
 from gluprune_jax.prune import parser
-from gluprune_jax.prune.request import PruneRequest
+from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
+from gluprune_jax.pruning.methods import Pruned
 from gluprune_jax.pruning.plan import PruningPlan
 
 
@@ -45,6 +46,29 @@ def finish(request: PruneRequest, plan: PruningPlan, report: dict[str, Any], clo
         print(json.dumps(report, indent=1))
     else:
         show(report, terminal.console())
+
+
+def report_of(
+    request: PruneRequest, formats: Sequence[str], checkpoint: convert.Checkpoint, pruned: Pruned
+) -> dict[str, Any]:
+    """What pruning changes; said is what speaks against it."""
+    found = changes(checkpoint.config, checkpoint.num_bytes, pruned.plan, request.pad_to)
+    report = {"model": request.model, "formats": list(formats), **found, **pruned.record()}
+    add_forecast(request, report, checkpoint, pruned.plan)
+    return report
+
+
+def files_beside(
+    request: PruneRequest,
+    pruned: convert.Checkpoint,
+    dense: ModelConfig,
+    plan: PruningPlan,
+    report: Mapping[str, Any],
+    command: str,
+) -> dict[str, str]:
+    """The model card and the plan, by the names of their files."""
+    card = model_card(pruned, dense, report.get("evaluation"), command, sizes=file_sizes(report), pad_to=request.pad_to)
+    return {"README.md": card, PLAN_FILE: plan.to_json()}
 
 
 class Clock:
@@ -68,7 +92,7 @@ def add_forecast(
     dense, family = checkpoint.config, checkpoint.family
     metadata = metadata_bytes(dense, family, checkpoint.assets)
     table = family.gguf if "gguf" in report["formats"] else None
-    file_type = None if table is None else _gguf_file_type(request, _matrix_dtypes(checkpoint.model))
+    file_type = None if table is None else _gguf_file_type(request, _matrix_dtypes(checkpoint))
     widths = {}
     for when, config, pad_to in (("before", dense, 1), ("after", plan.pruned_config(dense), request.pad_to)):
         # As llama.cpp's converter finds them in the folder, or as we write them.
@@ -123,9 +147,8 @@ def _gguf_file_type(request: PruneRequest, dtypes: Set[str]) -> str | None:
     return names[next(iter(dtypes))] if len(dtypes) == 1 else None
 
 
-def _matrix_dtypes(model: Decoder) -> Set[str]:
-    arrays = parameters_of(model)
-    return {arrays[name].dtype.name for name in arrays if arrays[name].ndim > 1 and not name.endswith("bias")}
+def _matrix_dtypes(checkpoint: convert.Checkpoint) -> Set[str]:
+    return {checkpoint.dtypes[name.name].name for name in checkpoint.tensor_names if len(name.shape) > 1}
 
 
 def add_notes(request: PruneRequest, report: dict[str, Any], notes: Sequence[str]) -> None:

@@ -2,14 +2,18 @@
 
 import dataclasses
 import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gluprune_jax.data.documents import Document
 from gluprune_jax.files.object_store import Folder
 
 if TYPE_CHECKING:
     from convert.gguf.widths import Widths
     from gluprune_jax.memory.mesh_choice import MeshRequest
+    from gluprune_jax.pruning.plan import PruningPlan
+    from gluprune_jax.pruning.statistics import Statistics
 
 PLAN_FILE = "gluprune_plan.json"  # in an output folder
 
@@ -71,3 +75,22 @@ class PruneRequest:
     def is_measured(self) -> bool:
         """Whether the model runs before and after."""
         return bool(self.eval_data) or self.sample is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What was read beside the model.
+
+    Attributes:
+      texts: name and contents of what perplexity is measured on.
+      documents: the calibration text.
+      statistics: of calibration text, saved before.
+      plan: a saved one.
+      memory: what the devices will hold, of a dry run.
+    """
+
+    texts: Sequence[tuple[str, str]]
+    documents: Sequence[Document]
+    statistics: "Statistics | None"
+    plan: "PruningPlan | None"
+    memory: Mapping[str, Any] | None

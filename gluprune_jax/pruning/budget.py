@@ -82,7 +82,7 @@ def target_within(
     """The target of `make_plan` that removes least, such that the pruned model is no larger than asked.
 
     With an allocation the widths, and so the size, follow from scores. The target is then what is no larger without it,
-    and the limit goes with it, as `within`: `methods.Chooser` finds the share that keeps it (`allocated_within`).
+    and the limit goes with it, as `within`: `chooser.Chooser` finds the share that keeps it (`allocated_within`).
 
     Args:
       config: of the dense model.

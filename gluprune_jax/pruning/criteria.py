@@ -32,11 +32,9 @@ import numpy as np
 from jax import Array
 
 from gluprune_jax.errors import RequestError
-from gluprune_jax.pruning.statistics import SENSITIVITIES
+from gluprune_jax.pruning.choices import STATISTICS, WEIGHTS
 
 Criterion = Callable[..., Array]
-WEIGHTS = ("gate", "up", "down")
-STATISTICS = ("activation_norm", "mean_magnitude", *SENSITIVITIES)
 INPUTS = (*WEIGHTS, *STATISTICS, "key")
 
 # ------------------------------------------------------------------------------------------------- arithmetic

@@ -42,16 +42,17 @@ from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, place, to_host, us
 from gluprune_jax.parallel.sharding import constrain, is_divided, partition_spec, per_shard
 from gluprune_jax.pruning import cholesky
 from gluprune_jax.pruning.calibration import BATCH_TOKENS, Stream
+from gluprune_jax.pruning.choices import FOLDS
 from gluprune_jax.pruning.criteria import Criterion, find_criterion
+from gluprune_jax.pruning.device_scores import score_neurons
 from gluprune_jax.pruning.plan import PruningPlan
-from gluprune_jax.pruning.scores import check_statistics, mlp_weights, score_neurons, select_neurons
+from gluprune_jax.pruning.scores import check_statistics, mlp_weights, select_neurons
 from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics
 
 DAMPING = 1e-3
 _MOST_DAMPING = 1e3
 # Of cross-validation: what is tried, and on how many parts of the windows.
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
-FOLDS = 3
 
 
 # --------------------------------------------------------------------------------------------------------- a layer
@@ -358,7 +359,7 @@ def prune_in_order(
       RequestError, OperationError: as for `compensate` and `scores.score`.
     """
     name, function = find_criterion(criterion)
-    check_statistics(name, function, statistics, model.config)
+    check_statistics(criterion, statistics, model.config)
     mesh, stream = mesh_of(model), Stream(model, windows, batch_tokens=batch_tokens)
     values, downs, fits = [], [], []
     for i, (mlp, size) in enumerate(zip(mlp_weights(model), model.config.intermediate_sizes, strict=True)):

@@ -5,17 +5,19 @@ the end can tell, such as whether a saved plan was made for these weights, `Choi
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.pruning.criteria import Criterion
 from gluprune_jax.pruning.mixture import MixtureSizes
 from gluprune_jax.pruning.plan import PruningPlan, blank_plan, make_plan
 from gluprune_jax.pruning.scores import Fingerprinter, MLPWeights, Scorer, select_neurons
 from gluprune_jax.pruning.statistics import Statistics
+
+if TYPE_CHECKING:
+    from gluprune_jax.pruning.criteria import Criterion
 
 
 class Choice(Protocol):
@@ -27,7 +29,7 @@ class Choice(Protocol):
 
     blank: PruningPlan
 
-    def keep(self, mlp: MLPWeights) -> NDArray[np.int32]:
+    def keep(self, mlp: MLPWeights[Any]) -> NDArray[np.int32]:
         """The neurons that the next MLP keeps, ascending; none where its layer is dropped.
 
         Raises:
@@ -59,7 +61,7 @@ class Ranking:
     def __init__(
         self,
         sizes: ModelConfig | MixtureSizes,
-        criterion: str | Criterion,
+        criterion: "str | Criterion",
         target: Mapping[str, Any],
         *,
         statistics: Statistics | None = None,
@@ -70,7 +72,7 @@ class Ranking:
         self.blank = blank_plan(sizes, **target)
         self._widths = iter(self.blank.widths)
 
-    def keep(self, mlp: MLPWeights) -> NDArray[np.int32]:
+    def keep(self, mlp: MLPWeights[Any]) -> NDArray[np.int32]:
         """As `Choice.keep`."""
         return select_neurons(self._scorer.add(mlp), next(self._widths))
 
@@ -95,7 +97,7 @@ class Replay:
         self.blank, self._sizes = plan, sizes
         self._fingerprinter, self._kept = Fingerprinter(sizes), iter(plan.kept)
 
-    def keep(self, mlp: MLPWeights) -> NDArray[np.int32]:
+    def keep(self, mlp: MLPWeights[Any]) -> NDArray[np.int32]:
         """As `Choice.keep`."""
         self._fingerprinter.add(mlp)
         return next(self._kept)

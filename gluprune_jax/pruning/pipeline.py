@@ -21,9 +21,9 @@ from gluprune_jax.errors import RequestError
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.progress import Progress, no_progress
 from gluprune_jax.pruning.budget import ALL_TARGETS, SizeOf, target_within
-from gluprune_jax.pruning.choices import MIN_KEEP
-from gluprune_jax.pruning.criteria import find_criterion, inputs_of
-from gluprune_jax.pruning.methods import Chooser, Method, Pruned, calibration_texts
+from gluprune_jax.pruning.choices import MIN_KEEP, inputs_of_criterion
+from gluprune_jax.pruning.chooser import Chooser
+from gluprune_jax.pruning.methods import Method, Pruned, calibration_texts
 from gluprune_jax.pruning.plan import PruningPlan
 from gluprune_jax.pruning.scores import MLPWeights
 from gluprune_jax.pruning.statistics import SENSITIVITIES, Statistics
@@ -42,7 +42,7 @@ class Prunable(Protocol):
     def model(self) -> Decoder:
         """The model; abstract where its weights stay in their files."""
 
-    def mlp_weights(self) -> Iterator[MLPWeights]:
+    def mlp_weights(self) -> Iterator[MLPWeights[Any]]:
         """The MLP matrices, layer by layer, wherever they are."""
 
     def runnable_model(self) -> Decoder:
@@ -200,7 +200,7 @@ def _check_request(
     Raises:
       RequestError: as said.
     """
-    inputs = inputs_of(find_criterion(method.criterion)[1])
+    inputs = inputs_of_criterion(method.criterion)
     if not 0 <= method.min_keep < 1:
         raise RequestError(f"`min_keep` is {method.min_keep:g}; it must be a share from 0 and below 1")
     if method.min_keep != MIN_KEEP and method.allocation == "uniform":

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -435,7 +434,7 @@ def make_plan(
         request=request,
         versions={
             "gluprune_jax": importlib.metadata.version("gluprune-jax"),
-            "jax": jax.__version__,
+            "jax": importlib.metadata.version("jax"),
         },
         calibration=scores.calibration,
         dropped_layers=tuple(sorted(dropped)),

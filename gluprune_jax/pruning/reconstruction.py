@@ -108,20 +108,20 @@ class Start(NamedTuple):
     square of the kept part of each; and which neurons are kept, `[F]` float32.
     """
 
-    mlp: MLPWeights
-    scales: MLPWeights
+    mlp: MLPWeights[Array]
+    scales: MLPWeights[Array]
     mask: Array
 
 
 class FitState(NamedTuple):
     """The changes so far, float32 in units of the scales, and the optimiser's state."""
 
-    changes: MLPWeights
+    changes: MLPWeights[Array]
     optimizer: Any
 
 
 @jax.jit
-def make_start(mlp: MLPWeights, mask: Array) -> Start:
+def make_start(mlp: MLPWeights[Array], mask: Array) -> Start:
     """A start from these matrices, of which `mask` `[F]` float32 names the kept neurons."""
     F, D = mlp.gate_proj.shape
     chex.assert_shape([*mlp, mask], [(F, D), (F, D), (D, F), (F,)])
@@ -159,7 +159,7 @@ def fit_step(
     """
     chex.assert_equal_shape([example.attended, example.target])
 
-    def loss(changes: MLPWeights) -> Array:
+    def loss(changes: MLPWeights[Array]) -> Array:
         fitted = _changed(start, changes)
         attended = example.attended.astype(jnp.float32)
         return _distance(graphdef, layer, fitted, example._replace(attended=attended)) / example.scale
@@ -171,15 +171,15 @@ def fit_step(
 
 
 @jax.jit
-def finished(start: Start, changes: MLPWeights) -> MLPWeights:
+def finished(start: Start, changes: MLPWeights[Array]) -> MLPWeights[Array]:
     """The matrices with these changes, in the dtypes that they had."""
     pairs = zip(_changed(start, changes), start.mlp, strict=True)
-    mlp: MLPWeights = _divided(MLPWeights(*(new.astype(old.dtype) for new, old in pairs)))
+    mlp: MLPWeights[Array] = _divided(MLPWeights(*(new.astype(old.dtype) for new, old in pairs)))
     return mlp
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def squared_distance(graphdef: Any, layer: Any, mlp: MLPWeights, example: Example) -> Array:
+def squared_distance(graphdef: Any, layer: Any, mlp: MLPWeights[Array], example: Example) -> Array:
     """The sum over tokens of the squared distance to the target, of what the layer gives with these matrices."""
     return constrain(_distance(graphdef, layer, mlp, example))
 
@@ -190,7 +190,7 @@ def squared_addition(tokens: Array, attended: Array, target: Array) -> Array:
     return constrain(_squares(tokens, target, attended))
 
 
-def _changed(start: Start, changes: MLPWeights) -> MLPWeights:
+def _changed(start: Start, changes: MLPWeights[Array]) -> MLPWeights[Array]:
     """The matrices with these changes, float32."""
     # Without its column in the down projection, no gradient comes to a neuron's rows of the other two.
     changes = changes._replace(down_proj=changes.down_proj * start.mask)
@@ -198,7 +198,7 @@ def _changed(start: Start, changes: MLPWeights) -> MLPWeights:
     return MLPWeights(*(w.astype(jnp.float32) + scale * change for w, scale, change in parts))
 
 
-def _distance(graphdef: Any, layer: Any, mlp: MLPWeights, example: Example) -> Array:
+def _distance(graphdef: Any, layer: Any, mlp: MLPWeights[Array], example: Example) -> Array:
     module: DecoderLayer = nnx.merge(graphdef, layer)
     module = with_parameters(module, {f"mlp.{name}": matrix for name, matrix in mlp._asdict().items()})
     out = constrain(module.feed_forward(example.attended), "batch", None, None)
@@ -242,7 +242,7 @@ class LayerFit:
 
 def reconstruct_layer(
     layer: DecoderLayer,
-    starts: Sequence[MLPWeights],
+    starts: Sequence[MLPWeights[Array]],
     mask: NDArray[np.float32],
     training: Sequence[Example],
     held_out: Sequence[Example],
@@ -250,7 +250,7 @@ def reconstruct_layer(
     mesh: Mesh | None = None,
     passes: int = PASSES,
     learning_rate: float = LEARNING_RATE,
-) -> tuple[MLPWeights, LayerFit]:
+) -> tuple[MLPWeights[Array], LayerFit]:
     """The matrices of a layer fitted to what the dense one gives.
 
     Args:
@@ -268,7 +268,7 @@ def reconstruct_layer(
     scale = sum(example.scale for example in held_out)
     neurons = fitted_neurons(mask, shape_of(mesh).model)
 
-    def error(mlp: MLPWeights) -> float:
+    def error(mlp: MLPWeights[Array]) -> float:
         return sum(float(to_host(squared_distance(graphdef, parameters, mlp, part))) for part in held_out) / scale
 
     schedule = Schedule(passes * len(training), learning_rate)
@@ -312,20 +312,20 @@ def fitted_neurons(mask: NDArray[np.float32], devices: int) -> NDArray[np.int32]
 
 
 @jax.jit
-def with_neurons(mlp: MLPWeights, neurons: ArrayLike) -> MLPWeights:
+def with_neurons(mlp: MLPWeights[Array], neurons: ArrayLike) -> MLPWeights[Array]:
     """The matrices cut to `neurons [M]`."""
     neurons = jnp.asarray(neurons)
-    cut: MLPWeights = _divided(
+    cut: MLPWeights[Array] = _divided(
         MLPWeights(mlp.gate_proj[neurons], mlp.up_proj[neurons], jnp.take(mlp.down_proj, neurons, axis=1))
     )
     return cut
 
 
 @jax.jit
-def put_back(whole: MLPWeights, neurons: ArrayLike, cut: MLPWeights) -> MLPWeights:
+def put_back(whole: MLPWeights[Array], neurons: ArrayLike, cut: MLPWeights[Array]) -> MLPWeights[Array]:
     """Matrices of which those of `neurons [M]` are replaced."""
     gate, up = (old.at[neurons].set(new) for old, new in zip(whole[:2], cut[:2], strict=True))
-    mlp: MLPWeights = _divided(MLPWeights(gate, up, whole.down_proj.at[:, neurons].set(cut.down_proj)))
+    mlp: MLPWeights[Array] = _divided(MLPWeights(gate, up, whole.down_proj.at[:, neurons].set(cut.down_proj)))
     return mlp
 
 
@@ -345,7 +345,7 @@ class Reconstruction:
       learning_rate: of the first step.
     """
 
-    mlps: tuple[MLPWeights | None, ...]
+    mlps: tuple[MLPWeights[Array] | None, ...]
     fits: tuple[LayerFit | None, ...]
     passes: int
     steps: int
@@ -419,7 +419,7 @@ def reconstruct(
     kept = None
     if folder is not None and jax.process_count() == 1:
         kept = KeptLayers(folder, _identity(model, windows, plan, down_projs, passes, learning_rate))
-    mlps: list[MLPWeights | None] = []
+    mlps: list[MLPWeights[Array] | None] = []
     fits: list[LayerFit | None] = []
     for i, mlp in enumerate(mlp_weights(model)):
         examples = [streams.enter(i) for streams in (training, held_out)]
@@ -470,7 +470,7 @@ def _identity(
     return [settings, checksum(model), describe_windows(windows)["digest"], list(plan.widths), digest.hexdigest()]
 
 
-def _placed(mlp: MLPWeights, arrays: Mapping[str, NDArray[Any]]) -> MLPWeights:
+def _placed(mlp: MLPWeights[Array], arrays: Mapping[str, NDArray[Any]]) -> MLPWeights[Array]:
     """Matrices from the host, in the dtypes and on the devices of those of a layer."""
     pairs = {name: (arrays[name].view(old.dtype), old.sharding) for name, old in mlp._asdict().items()}
     return MLPWeights(**{name: jax.device_put(*pair) for name, pair in pairs.items()})
@@ -521,7 +521,7 @@ class _Streams:
         counted = zip(batches, self._pruned.attend(i), self._tokens, strict=True)
         return [Example(tokens, attended, target, mean * count) for (tokens, target), attended, count in counted]
 
-    def leave(self, i: int, mlp: MLPWeights) -> None:
+    def leave(self, i: int, mlp: MLPWeights[Array]) -> None:
         """Moves the pruned stream behind layer `i` with these matrices."""
         self._pruned.advance(i, **mlp._asdict())
 

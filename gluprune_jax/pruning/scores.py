@@ -1,36 +1,35 @@
-"""Scores the neurons of a whole model by a criterion (`gluprune_jax.pruning.criteria`), and selects among them."""
+"""Scores the neurons of a whole model by a criterion (`gluprune_jax.pruning.criteria`), and selects among them.
+
+Weights in the memory of devices are scored there, by compiled programs (`device_scores`). Of weights in the host's
+memory, as files give them, the fingerprint and the criterion `ppm` need no device, and JAX is not imported for them.
+"""
+
+from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
-import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
-from gluprune_jax.models.config import ModelConfig
-from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.parallel.mesh import mesh_of, place, use_mesh
-from gluprune_jax.parallel.sharding import constrain
-from gluprune_jax.pruning.criteria import (
-    CRITERIA,
-    STATISTICS,
-    WEIGHT_CRITERIA,
-    WEIGHTS,
-    Criterion,
-    find_criterion,
-    inputs_of,
-    peak_to_peak,
-)
+from gluprune_jax.errors import OperationError, RequestError
+from gluprune_jax.models.config import NEURON_AXES, ModelConfig
+from gluprune_jax.pruning.choices import WEIGHT_CRITERION_NAMES, inputs_of_criterion, is_data_driven
+from gluprune_jax.pruning.extents import host_extents
 from gluprune_jax.pruning.mixture import MixtureSizes, mlp_names, mlp_sizes
-from gluprune_jax.pruning.statistics import LayerStatistics, Statistics
+from gluprune_jax.pruning.statistics import Statistics
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jax.sharding import Mesh
+
+    from gluprune_jax.models.decoder import Decoder
+    from gluprune_jax.pruning.criteria import Criterion
+
+# Arrays, wherever they lie.
+W = TypeVar("W")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +61,26 @@ class Scores:
         return tuple(len(v) for v in self.values)
 
 
-class MLPWeights(NamedTuple):
-    """The matrices of one layer: gate and up `[F, D]`, down `[D, F]`, F as stored."""
+class MLPWeights(NamedTuple, Generic[W]):
+    """The matrices of one layer: gate and up `[F, D]`, down `[D, F]`, F as stored.
 
-    gate_proj: Array
-    up_proj: Array
-    down_proj: Array
+    They are arrays of JAX, or NumPy's where they have been read from files and lie in the host's memory.
+    """
+
+    gate_proj: W
+    up_proj: W
+    down_proj: W
 
 
-def mlp_weights(model: Decoder) -> Iterator[MLPWeights]:
+class Extents(NamedTuple):
+    """Peak-to-peak magnitudes of a layer's neurons, `[F]` float32 each: of rows of gate and up, columns of down."""
+
+    gate_proj: NDArray[np.float32]
+    up_proj: NDArray[np.float32]
+    down_proj: NDArray[np.float32]
+
+
+def mlp_weights(model: Decoder) -> Iterator[MLPWeights[Array]]:
     """The MLP matrices of a model, layer by layer."""
     for layer in model.layers:
         yield MLPWeights(layer.mlp.gate_proj[...], layer.mlp.up_proj[...], layer.mlp.down_proj[...])
@@ -82,7 +92,7 @@ def score(
     *,
     statistics: Statistics | None = None,
     seed: int = 0,
-    weights: Iterable[MLPWeights] | None = None,
+    weights: Iterable[MLPWeights[Any]] | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> Scores:
     """Scores every MLP neuron of a model.
@@ -104,12 +114,14 @@ def score(
       RequestError: unknown criterion, one that looks at activations without statistics, or statistics of another model.
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
+    from gluprune_jax.parallel.mesh import mesh_of  # here: whoever has a model has JAX
+
     scorer = Scorer(model.config, criterion, statistics=statistics, seed=seed, mesh=mesh_of(model))
     return _scored(scorer, mlp_weights(model) if weights is None else weights, on_layer)
 
 
 def score_mixture(
-    weights: Iterable[MLPWeights],
+    weights: Iterable[MLPWeights[Any]],
     sizes: MixtureSizes,
     criterion: str | Criterion = "ppm",
     *,
@@ -132,7 +144,7 @@ def score_mixture(
     return _scored(Scorer(sizes, criterion, seed=seed), weights, on_mlp)
 
 
-def _scored(scorer: "Scorer", matrices: Iterable[MLPWeights], on_mlp: Callable[[int], None] | None) -> Scores:
+def _scored(scorer: Scorer, matrices: Iterable[MLPWeights[Any]], on_mlp: Callable[[int], None] | None) -> Scores:
     # By map: a loop would hold the matrices of one MLP while the next are read.
     for i, _ in enumerate(zip(scorer.widths, map(scorer.add, matrices), strict=True)):
         if on_mlp:
@@ -166,13 +178,13 @@ class Scorer:
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
-        self._name, self._function = find_criterion(criterion)
+        self._criterion, self._name = criterion, name_of_criterion(criterion)
         if not isinstance(sizes, MixtureSizes):
-            check_statistics(self._name, self._function, statistics, sizes)
-        elif is_data_driven(self._function):
+            check_statistics(criterion, statistics, sizes)
+        elif is_data_driven(criterion):
             raise RequestError(
                 f"criterion {self._name!r} looks at activations, and a mixture of experts is pruned without running "
-                f"it; give a criterion of weights alone, such as {', '.join(WEIGHT_CRITERIA)}"
+                f"it; give a criterion of weights alone, such as {', '.join(WEIGHT_CRITERION_NAMES)}"
             )
         self._sizes, self._statistics, self._seed, self._mesh = sizes, statistics, seed, mesh
         self.widths, self._experts = mlp_sizes(sizes)
@@ -180,7 +192,7 @@ class Scorer:
         self._values: list[NDArray[np.float32]] = []
         self._dtypes: set[str] = set()
 
-    def add(self, mlp: MLPWeights) -> NDArray[np.float32]:
+    def add(self, mlp: MLPWeights[Any]) -> NDArray[np.float32]:
         """The scores `[F]` of the next MLP's neurons.
 
         Raises:
@@ -188,14 +200,25 @@ class Scorer:
             a finite number for each neuron.
         """
         i = len(self._values)
-        where = self._fingerprinter.add(mlp)
-        observed = None if self._statistics is None else self._statistics.layers[i]
-        values = score_neurons(
-            self._name, self._function, i, mlp, self.widths[i], observed, self._seed, self._mesh, where
-        )
+        where, extents = self._fingerprinter.add(mlp)
+        if self._criterion == "ppm":  # it is made of what the fingerprint is of
+            with np.errstate(over="ignore"):
+                values = check_scores(
+                    extents.gate_proj + extents.up_proj, len(extents.gate_proj), self.widths[i], self._name, where
+                )
+        else:
+            values = self._score(i, mlp, where)
         self._values.append(values)
         self._dtypes |= {str(mlp.gate_proj.dtype), str(mlp.up_proj.dtype)}
         return values
+
+    def _score(self, i: int, mlp: MLPWeights[Any], where: str) -> NDArray[np.float32]:
+        from gluprune_jax.pruning.criteria import find_criterion  # here: criteria are functions of JAX
+        from gluprune_jax.pruning.device_scores import score_neurons
+
+        name, function = find_criterion(self._criterion)
+        observed = None if self._statistics is None else self._statistics.layers[i]
+        return score_neurons(name, function, i, mlp, self.widths[i], observed, self._seed, self._mesh, where)
 
     def scores(self) -> Scores:
         """Those of the whole model, once each of its MLPs was added.
@@ -207,7 +230,7 @@ class Scorer:
         fingerprint, texts = self._fingerprinter.fingerprint, None
         if self._statistics is not None and isinstance(self._sizes, ModelConfig):
             self._statistics.check_fits(self._sizes, fingerprint)
-            texts = self._statistics.texts if is_data_driven(self._function) else None
+            texts = self._statistics.texts if is_data_driven(self._criterion) else None
         return Scores(
             criterion=self._name,
             values=tuple(self._values),
@@ -219,77 +242,44 @@ class Scorer:
         )
 
 
-def is_data_driven(function: Criterion) -> bool:
-    """Whether a criterion looks at activations."""
-    return not set(STATISTICS).isdisjoint(inputs_of(function))
+def name_of_criterion(criterion: str | Criterion) -> str:
+    """What a criterion is called: its name, or that of its function."""
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
 
 
-def check_statistics(name: str, function: Criterion, statistics: Statistics | None, config: ModelConfig) -> None:
+def check_statistics(criterion: str | Criterion, statistics: Statistics | None, config: ModelConfig) -> None:
     """Makes sure that a criterion has the statistics that it looks at.
 
     Raises:
-      RequestError: it has not, or they are of another model.
+      RequestError: it has not, or they are of another model; unknown criterion.
     """
-    if not is_data_driven(function):
+    if not is_data_driven(criterion):
         return
+    name = name_of_criterion(criterion)
     if statistics is None:
         raise RequestError(f"criterion {name!r} looks at activations; give `calibration` TEXT or `statistics` FILE")
     statistics.check_fits(config)
     for part, of in (("sensitivity", "loss"), ("entropy_sensitivity", "entropy")):
-        if part in inputs_of(function) and any(getattr(layer, part) is None for layer in statistics.layers):
+        if part in inputs_of_criterion(criterion) and any(getattr(layer, part) is None for layer in statistics.layers):
             raise RequestError(
                 f"criterion {name!r} looks at the sensitivity of the {of}, which these statistics lack; collect them "
                 f"with `criterion` {'taylor' if of == 'loss' else 'entropy'}, or give `calibration` TEXT too"
             )
 
 
-def score_neurons(
-    name: str,
-    function: Criterion,
-    layer: int,
-    mlp: MLPWeights,
-    width: int,
-    statistics: LayerStatistics | None = None,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-    where: str = "",
-) -> NDArray[np.float32]:
-    """The scores `[F]` float32 of one layer's neurons.
+def check_scores(scores: NDArray[Any], stored: int, width: int, name: str, where: str) -> NDArray[np.float32]:
+    """The scores `[F]` float32 that a criterion gave the neurons of an MLP, without those of storage padding.
 
     Args:
-      name: of the criterion, for errors.
-      function: the criterion.
-      layer: its index.
-      mlp: its weights.
-      width: F without storage padding.
-      statistics: of the layer.
-      seed: of criteria that draw random numbers.
-      mesh: that the weights lie on.
-      where: what errors call it; "layer 3" by default.
+      scores: what it gave.
+      stored: how many neurons the matrices have.
+      width: F.
+      name: of the criterion.
+      where: what errors call the MLP.
 
     Raises:
-      OperationError: the criterion does not give a finite number for each neuron.
+      OperationError: they are not a finite number for each neuron.
     """
-    stored, where = mlp.gate_proj.shape[0], where or f"layer {layer}"
-
-    def value(parameter: str) -> Array:
-        if parameter in WEIGHTS:
-            weight: Array = getattr(mlp, f"{parameter}_proj")
-            return weight
-        if parameter == "key":
-            return jax.random.fold_in(jax.random.key(seed), layer)
-        values = np.pad(np.asarray(getattr(statistics, parameter), np.float32), (0, stored - width))
-        return cast("Array", place(mesh, values, "neurons"))
-
-    inputs = [value(parameter) for parameter in inputs_of(function)]
-    try:
-        with use_mesh(mesh):
-            scores = np.asarray(score_layer(function, *inputs))
-    except (Exception, SystemExit) as error:
-        if is_out_of_memory(error) or function in CRITERIA.values():
-            raise
-        first_line = next(iter(str(error).splitlines()), "")
-        raise OperationError(f"criterion {name!r} failed: {type(error).__name__}: {first_line}") from error
     if scores.shape != (stored,) or not np.isrealobj(scores):
         raise OperationError(
             f"criterion {name!r} gave {where} {scores.dtype} scores of shape {scores.shape}, not {stored} numbers"
@@ -304,7 +294,7 @@ def score_neurons(
 def fingerprint(
     model: Decoder,
     *,
-    weights: Iterable[MLPWeights] | None = None,
+    weights: Iterable[MLPWeights[Any]] | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> str:
     """Identifies the MLP weights of a model by their extremes; for this and the arguments see `score`.
@@ -312,12 +302,14 @@ def fingerprint(
     Raises:
       OperationError: NaN or Inf weights, naming the layer and the matrix.
     """
+    from gluprune_jax.parallel.mesh import mesh_of  # here: as in `score`
+
     fingerprinter = Fingerprinter(model.config, mesh=mesh_of(model))
     return _fingerprinted(fingerprinter, mlp_weights(model) if weights is None else weights, on_layer)
 
 
 def mixture_fingerprint(
-    weights: Iterable[MLPWeights], sizes: MixtureSizes, *, on_mlp: Callable[[int], None] | None = None
+    weights: Iterable[MLPWeights[Any]], sizes: MixtureSizes, *, on_mlp: Callable[[int], None] | None = None
 ) -> str:
     """Identifies the MLP weights of a mixture of experts, as `fingerprint`; for the arguments see `score_mixture`.
 
@@ -328,7 +320,7 @@ def mixture_fingerprint(
 
 
 def _fingerprinted(
-    fingerprinter: "Fingerprinter", matrices: Iterable[MLPWeights], on_mlp: Callable[[int], None] | None
+    fingerprinter: Fingerprinter, matrices: Iterable[MLPWeights[Any]], on_mlp: Callable[[int], None] | None
 ) -> str:
     for i, _ in enumerate(zip(fingerprinter.widths, map(fingerprinter.add, matrices), strict=True)):  # as `_scored`
         if on_mlp:
@@ -352,53 +344,38 @@ class Fingerprinter:
         self._names = mlp_names(experts) if experts else [f"layer {i}" for i in range(len(self.widths))]
         self._mesh, self._digest, self._count = mesh, hashlib.sha256(), 0
 
-    def add(self, mlp: MLPWeights) -> str:
-        """Takes the next MLP into account, and returns what errors call it.
+    def add(self, mlp: MLPWeights[Any]) -> tuple[str, Extents]:
+        """Takes the next MLP into account, and returns what errors call it, and the extents of its neurons.
 
         Raises:
           OperationError: NaN or Inf weights, naming the layer or expert and the matrix.
         """
         where, width = self._names[self._count], self.widths[self._count]
-        with use_mesh(self._mesh):
-            found = [matrix_extents(matrix, axis) for matrix, axis in zip(mlp, (1, 1, 0), strict=True)]
-        if bad := [name for name, (finite, _) in zip(mlp._fields, found, strict=True) if not np.asarray(finite)]:
+        found = [self._extents(matrix, 1 - axis) for matrix, axis in zip(mlp, NEURON_AXES.values(), strict=True)]
+        if bad := [name for name, (finite, _) in zip(mlp._fields, found, strict=True) if not finite]:
             raise OperationError(
                 f"{where} has NaN or Inf weights in {' and '.join(bad)}; such a model cannot be ranked"
             )
-        for _, extents in found:
-            self._digest.update(np.asarray(extents, "<f4")[:width].tobytes())
+        extents = Extents(*(values for _, values in found))
+        for values in extents:
+            self._digest.update(values[:width].astype("<f4", copy=False).tobytes())
         self._count += 1
-        return where
+        return where, extents
+
+    def _extents(self, matrix: Array | NDArray[Any], axis: int) -> tuple[bool, NDArray[np.float32]]:
+        if isinstance(matrix, np.ndarray):
+            return host_extents(matrix, axis)
+        from gluprune_jax.parallel.mesh import use_mesh  # here: whoever has an array of JAX has JAX
+        from gluprune_jax.pruning.device_scores import matrix_extents
+
+        with use_mesh(self._mesh):
+            finite, values = matrix_extents(matrix, axis)
+        return bool(np.asarray(finite)), np.asarray(values)
 
     @property
     def fingerprint(self) -> str:
         """That of the MLPs that were added."""
         return f"sha256:{self._digest.hexdigest()}"
-
-
-# Padding neurons are scored like others and cut off on the host: cut off here, divided weights would have to move.
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score_layer(function: Criterion, *inputs: Array) -> Array:
-    """The scores `[F]` of a layer's neurons as stored, whole on every device; each device scores its own neurons.
-
-    `inputs` are those of the criterion, in the order of its parameters.
-    """
-    return constrain(function(*inputs))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def matrix_extents(weights: Array, axis: int) -> tuple[Array, Array]:
-    """Whether a matrix of an MLP is finite, and the peak-to-peak magnitudes of its neurons along `axis`, `[F]` float32.
-
-    One matrix at a time: of three together XLA's CPU compiler reads each of them more than once.
-    """
-    chex.assert_rank(weights, 2)
-    # Inf and NaN times 0 are NaN, and make the sum one; a maximum may drop a NaN. XLA's CPU compiler adds numbers up as
-    # it reads them, but of what `isfinite` says it makes an array first.
-    finite = (jnp.sum(weights * 0, axis) == 0).all()
-    return constrain(finite), constrain(peak_to_peak(weights, axis))
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -410,6 +387,6 @@ def select_neurons(scores: Sequence[float] | NDArray[np.float32], width: int) ->
     Selections from the same scores are nested: a smaller one is a subset of a larger one.
     """
     values = np.asarray(scores, np.float32)
-    chex.assert_rank(values, 1)
+    assert values.ndim == 1
     order = np.argsort(-values, kind="stable")
     return cast("NDArray[np.int32]", np.sort(order[:width]).astype(np.int32))

@@ -22,13 +22,12 @@ from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
 from gluprune_jax.errors import RequestError
+from gluprune_jax.models.config import NEURON_AXES, name_of
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import abstract_model, name_of, with_parameters
+from gluprune_jax.models.parameters import abstract_model, with_parameters
 from gluprune_jax.parallel.mesh import block_on_cpu, mesh_of, shape_of, use_mesh
 from gluprune_jax.parallel.sharding import RULES, is_divided, per_shard
 from gluprune_jax.pruning.plan import PruningPlan
-
-NEURON_AXES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 
 
 def slice_model(

@@ -23,7 +23,8 @@ from evals.compare import main
 from evals.perplexity import perplexity
 from evals.report.comparison import plain_ticks
 from gluprune_jax.pruning import methods
-from gluprune_jax.pruning.methods import Chooser, Method
+from gluprune_jax.pruning.chooser import Chooser
+from gluprune_jax.pruning.methods import Method
 
 Capture = pytest.CaptureFixture[str]
 CONFIG = hf_config(vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, intermediate_size=83, max_position_embeddings=64)

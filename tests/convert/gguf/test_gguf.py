@@ -39,7 +39,8 @@ from convert.gguf.tokenizer import check_tokenizer_keys, tokenizer_assets
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
 from gluprune_jax.models.config import LayerAttention, LinearRope, Llama3Rope, ModelConfig, Rope, YarnRope
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.rope import rope_frequencies, rotate
+from gluprune_jax.models.frequencies import rope_frequencies
+from gluprune_jax.models.rope import rotate
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh, mesh_of, parameter_sharding
 from gluprune_jax.prune import main as prune
 

@@ -71,7 +71,7 @@ def narrowed(folder: Path) -> convert.Checkpoint:
     for name in tensor_names(config):
         array = whole[name.hf][tuple(slice(size) for size in name.shape)]
         arrays[name.hf] = jnp.asarray(array.reshape(parameter_shapes(config)[name.hf].shape))
-    return dataclasses.replace(checkpoint, model=build_model(config, arrays))
+    return checkpoint.with_model(build_model(config, arrays))
 
 
 # ---------------------------------------------------------------------------------------------------- bit for bit
@@ -145,7 +145,7 @@ def test_storage_padding_changes_no_exported_bit(tmp_path: Path) -> None:
             arrays[tensor.hf] = jnp.asarray(np.pad(np.asarray(array), padding))
         assert arrays["model.layers.2.mlp.down_proj.weight"].shape[1] % 64 == 0
         convert.save(checkpoint, tmp_path / name)
-        convert.save(dataclasses.replace(checkpoint, model=build_model(config, arrays)), tmp_path / f"{name} padded")
+        convert.save(checkpoint.with_model(build_model(config, arrays)), tmp_path / f"{name} padded")
         for file in ("model.safetensors", "config.json"):
             padded = (tmp_path / f"{name} padded" / file).read_bytes()
             assert padded == (tmp_path / name / file).read_bytes(), (name, file)

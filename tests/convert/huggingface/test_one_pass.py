@@ -116,29 +116,29 @@ def test_matrices_of_several_dtypes_are_scored_first(tmp_path: Path) -> None:
     assert can_read_once(opened(path, "bfloat16"))
 
 
-def cut(dense: StreamedCheckpoint, weights: Iterable[MLPWeights]) -> None:
+def cut(dense: StreamedCheckpoint, weights: Iterable[MLPWeights[Any]]) -> None:
     kept = KeptNeurons(weights, Ranking(dense.config, "ppm", {"width": 8}))
     for layer in range(dense.config.num_hidden_layers):
         assert kept.matrix(layer, "gate_proj").shape[0] == 8
     kept.finish()
 
 
-def scored(dense: StreamedCheckpoint, weights: Iterable[MLPWeights]) -> None:
+def scored(dense: StreamedCheckpoint, weights: Iterable[MLPWeights[Any]]) -> None:
     score(dense.model, "ppm", weights=weights)
 
 
-def fingerprinted(dense: StreamedCheckpoint, weights: Iterable[MLPWeights]) -> None:
+def fingerprinted(dense: StreamedCheckpoint, weights: Iterable[MLPWeights[Any]]) -> None:
     fingerprint(dense.model, weights=weights)
 
 
 @pytest.mark.parametrize("use", [cut, scored, fingerprinted])
 def test_a_layer_is_let_go_before_the_next_is_asked_for(
-    model: Path, use: Callable[[StreamedCheckpoint, Iterable[MLPWeights]], None]
+    model: Path, use: Callable[[StreamedCheckpoint, Iterable[MLPWeights[Any]]], None]
 ) -> None:
     dense = opened(model)
     seen: list[weakref.ref[jax.Array]] = []
 
-    def watched() -> Iterator[MLPWeights]:
+    def watched() -> Iterator[MLPWeights[Any]]:
         weights = dense.mlp_weights()
         while (mlp := next(weights, None)) is not None:
             seen.extend(map(weakref.ref, mlp))

@@ -19,7 +19,7 @@ from rich.console import Console
 from sharded import shard_model
 from tiny_config import tiny_config
 
-from gluprune_jax.cli.report import show_plan
+from gluprune_jax.cli.memory import show_plan
 from gluprune_jax.errors import RequestError
 from gluprune_jax.inference.engine import score_tokens, whole_rows
 from gluprune_jax.inference.generation import Sampling, empty_state, slots_for, whole_decode

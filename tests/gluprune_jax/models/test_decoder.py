@@ -25,8 +25,8 @@ from gluprune_jax.errors import RequestError
 from gluprune_jax.models.cache import KVCache, LayerCache
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
+from gluprune_jax.models.frequencies import rope_frequencies
 from gluprune_jax.models.parameters import abstract_model
-from gluprune_jax.models.rope import rope_frequencies
 from gluprune_jax.pruning.targets import width_for_percent
 
 LENGTH = 200  # beyond the window that LLAMA3_ROPE stretches, 64

@@ -42,8 +42,9 @@ from gluprune_jax.models.parameters import abstract_model, bind
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh, mesh_of, parse_mesh, place, shape_of, use_mesh
 from gluprune_jax.parallel.sharding import RULES, constrain, partition_spec
 from gluprune_jax.pruning.criteria import WEIGHT_CRITERIA
+from gluprune_jax.pruning.device_scores import matrix_extents, score_layer
 from gluprune_jax.pruning.plan import make_plan
-from gluprune_jax.pruning.scores import matrix_extents, score, score_layer
+from gluprune_jax.pruning.scores import score
 from gluprune_jax.pruning.slicing import slice_model, slice_neurons
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))

@@ -27,8 +27,9 @@ from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import MeshShape, make_mesh
 from gluprune_jax.pruning import calibration
 from gluprune_jax.pruning.calibration import Stream, collect, sensitivities
+from gluprune_jax.pruning.choices import is_data_driven
 from gluprune_jax.pruning.criteria import CRITERIA, find_criterion, inputs_of
-from gluprune_jax.pruning.scores import is_data_driven, score
+from gluprune_jax.pruning.scores import score
 from gluprune_jax.pruning.statistics import LayerStatistics, Statistics
 
 

@@ -24,8 +24,9 @@ from gluprune_jax.data.packing import pack
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.prune import main
 from gluprune_jax.pruning.calibration import collect, gram_matrices
+from gluprune_jax.pruning.chooser import Chooser
 from gluprune_jax.pruning.least_squares import compensate
-from gluprune_jax.pruning.methods import Chooser, Method
+from gluprune_jax.pruning.methods import Method
 from gluprune_jax.pruning.plan import make_plan
 from gluprune_jax.pruning.scores import score
 from gluprune_jax.pruning.statistics import Statistics

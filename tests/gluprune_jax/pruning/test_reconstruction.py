@@ -30,8 +30,9 @@ from gluprune_jax.parallel.mesh import MeshShape, make_mesh
 from gluprune_jax.prune import main
 from gluprune_jax.pruning import kept_layers, reconstruction
 from gluprune_jax.pruning.calibration import gram_matrices
+from gluprune_jax.pruning.chooser import Chooser
 from gluprune_jax.pruning.least_squares import compensate
-from gluprune_jax.pruning.methods import Chooser, Method, Pruned
+from gluprune_jax.pruning.methods import Method, Pruned
 from gluprune_jax.pruning.pipeline import prune_model
 from gluprune_jax.pruning.plan import PruningPlan, make_plan
 from gluprune_jax.pruning.reconstruction import Reconstruction, divide_windows, reconstruct

@@ -200,7 +200,7 @@ def test_padding_changes_no_exported_bit(folder: Path, tmp_path: Path) -> None:
         assert {mlp(padded, i, "up_proj").shape[0] % width_multiple for i in range(3)} == {0}
         # Slicing what is padded already, further.
         padded = slice_model(padded, make_plan(score(padded), width=11))
-        convert.save(dataclasses.replace(checkpoint, model=padded), tmp_path / str(width_multiple))
+        convert.save(checkpoint.with_model(padded), tmp_path / str(width_multiple))
         exports.append(
             {file.name: file.read_bytes() for file in (tmp_path / str(width_multiple)).glob("*.safetensors")}
         )
