@@ -6,13 +6,12 @@ from typing import Any
 import convert
 from convert.gguf.export import prepare_gguf
 from convert.huggingface.mixture_config import GROUPED, one_by_one
-from convert.huggingface.one_pass import can_read_once
 from convert.model_card import model_card
-from convert.store import save_pruned
 from gluprune_jax.cli import terminal
 from gluprune_jax.cli.report import mixture_changes
 from gluprune_jax.prune.checks import formats_of, gguf_options_of
-from gluprune_jax.prune.report import Clock, add_mixture_forecast, add_notes, file_sizes, finish, push
+from gluprune_jax.prune.in_files import prune_in_files
+from gluprune_jax.prune.report import Clock, add_mixture_forecast, file_sizes
 from gluprune_jax.prune.request import PLAN_FILE, PruneRequest
 from gluprune_jax.pruning.one_pass import Choice, Ranking, Replay
 from gluprune_jax.pruning.plan import PruningPlan
@@ -39,7 +38,6 @@ def prune_mixture(request: PruneRequest, checkpoint: convert.MixtureCheckpoint, 
             terminal.note(note)
         if "hf" in formats and (slower := one_by_one(choice.blank.pruned_sizes(sizes))):
             terminal.note(f"{slower}; --multiple-of {GROUPED} gives a width that needs no such thing")
-    writes = request.output is not None and not request.dry_run
     report: dict[str, Any] = {}
 
     def files(pruned: Any, plan: PruningPlan) -> Mapping[str, str]:
@@ -49,42 +47,7 @@ def prune_mixture(request: PruneRequest, checkpoint: convert.MixtureCheckpoint, 
         card = model_card(pruned, sizes, None, command, sizes=file_sizes(report))
         return {"README.md": card, PLAN_FILE: plan.to_json()}
 
-    if writes and formats == ["hf"] and can_read_once(checkpoint):
-        with terminal.byte_progress() as progress:
-            _, plan = save_pruned(
-                checkpoint,
-                choice,
-                str(request.output),
-                overwrite=request.overwrite,
-                extra_files=files,
-                progress=progress,
-            )
-        clock.lap("prune")
-    else:
-        with terminal.count_progress("scoring neurons", len(sizes.mlp_sizes), "MLPs") as scored:
-            for i, _ in enumerate(map(choice.keep, checkpoint.mlp_weights()), start=1):
-                scored(i)
-        plan = choice.plan()
-        pruned = checkpoint.pruned(plan)
-        beside = files(pruned, plan)
-        clock.lap("score")
-        if writes:
-            with terminal.byte_progress() as progress:
-                notes = convert.save(
-                    pruned,
-                    str(request.output),
-                    formats=formats,
-                    overwrite=request.overwrite,
-                    extra_files=beside,
-                    gguf=gguf,
-                    progress=progress,
-                )
-            clock.lap("save")
-            add_notes(request, report, notes)
-    if writes:
-        report["output"] = str(request.output)
-        push(request, report)
-    finish(request, plan, report, clock)
+    prune_in_files(request, checkpoint, choice, clock, report, files)
 
 
 def _target(request: PruneRequest) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from typing import Any
 
 import convert
 from convert.gguf.export import prepare_gguf
-from convert.huggingface.one_pass import can_read_once
 from convert.huggingface.streamed import StreamedCheckpoint
 from convert.sources import is_local_mixture, loaded_whole
-from convert.store import save_pruned
 from gluprune_jax.cli import method_options, terminal
 from gluprune_jax.data.documents import contents, evaluation_text, read_calibration
 from gluprune_jax.errors import RequestError
@@ -27,8 +25,9 @@ from gluprune_jax.prune.checks import (
     no_random_baseline,
     with_calibration,
 )
+from gluprune_jax.prune.in_files import prune_in_files
 from gluprune_jax.prune.mixture import prune_mixture
-from gluprune_jax.prune.report import Clock, files_beside, finish, push, report_of
+from gluprune_jax.prune.report import Clock, files_beside, report_of
 from gluprune_jax.prune.request import Inputs, PruneRequest
 from gluprune_jax.prune.target import target_of
 from gluprune_jax.pruning.methods import Pruned
@@ -82,8 +81,8 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
     check_same("the texts of --calibration-data", contents(documents))
     clock = Clock()
     in_files = request.dry_run and (previews or not request.calibration)
-    mesh = None
-    if not _goes_through(request, formats):
+    stays, mesh = _stays_in_files(request, formats), None
+    if not stays or request.devices.device_memory is not None:  # a size that is spelled wrongly is refused
         from gluprune_jax.prune.memory import mesh_for  # here: as above
 
         mesh = mesh_for(request, streams=streams(request))
@@ -108,8 +107,15 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
             f"--plan {request.plan} was made with refitted weights, which it does not hold; refit them again with "
             f"--compensate {plan.request['compensate']} and --calibration-data TEXT"
         )
-    if _goes_through(request, formats) and isinstance(checkpoint, StreamedCheckpoint) and can_read_once(checkpoint):
-        _prune_in_one_pass(request, checkpoint, plan, statistics, clock, command)
+    if stays and isinstance(checkpoint, StreamedCheckpoint):
+        report = {} if memory is None else {"memory": memory}
+        choice = _choice(request, checkpoint, plan, statistics)
+
+        def describe(pruned: Any, plan: PruningPlan) -> Mapping[str, str]:
+            report.update(report_of(request, formats, checkpoint, Pruned(plan)))
+            return files_beside(request, pruned, checkpoint.config, plan, report, command)
+
+        prune_in_files(request, checkpoint, choice, clock, report, describe)
         return
     from gluprune_jax.prune.in_memory import prune  # here: it runs models, which needs JAX
 
@@ -117,52 +123,21 @@ def _prune_dense(request: PruneRequest, formats: Sequence[str], command: str, *,
     prune(request, formats, command, checkpoint, inputs, clock, is_own_text=is_own_text)
 
 
-def _prune_in_one_pass(
-    request: PruneRequest,
-    checkpoint: StreamedCheckpoint,
-    plan: PruningPlan | None,
-    statistics: Statistics | None,
-    clock: Clock,
-    command: str,
-) -> None:
-    """Prunes from file to file, reading each byte once."""
-    dense = checkpoint.config
-    choice: Choice
-    if plan is None:
-        observed = statistics if method_of(request).needs_statistics else None
-        choice = Ranking(
-            dense, request.criterion, target_of(request, checkpoint), statistics=observed, seed=request.seed
-        )
-    else:
-        choice = Replay(dense, plan)
-    report = {}
-
-    def files(pruned: Any, plan: PruningPlan) -> Mapping[str, str]:
-        report.update(report_of(request, ["hf"], checkpoint, Pruned(plan)))
-        return files_beside(request, pruned, dense, plan, report, command)
-
-    with terminal.byte_progress() as progress:
-        _, plan = save_pruned(
-            checkpoint,
-            choice,
-            str(request.output),
-            overwrite=request.overwrite,
-            extra_files=files,
-            pad_to=request.pad_to,
-            progress=progress,
-        )
-    clock.lap("prune")
-    report["output"] = str(request.output)
-    push(request, report)
-    finish(request, plan, report, clock)
+def _choice(
+    request: PruneRequest, checkpoint: StreamedCheckpoint, plan: PruningPlan | None, statistics: Statistics | None
+) -> Choice:
+    """How the neurons of one layer after the other are chosen."""
+    if plan is not None:
+        return Replay(checkpoint.config, plan)
+    observed = statistics if method_of(request).needs_statistics else None
+    target = target_of(request, checkpoint)
+    return Ranking(checkpoint.config, request.criterion, target, statistics=observed, seed=request.seed)
 
 
-def _goes_through(request: PruneRequest, formats: Sequence[str]) -> bool:
-    """Whether what a layer keeps is known from that layer alone, and is written by itself."""
-    if list(formats) != ["hf"] or not request.output or request.dry_run or request.devices.device_memory is not None:
-        return False
+def _stays_in_files(request: PruneRequest, formats: Sequence[str]) -> bool:
+    """Whether all of the work is one layer after the other, in the memory of the host."""
     one_by_one = request.allocation == "uniform" and request.drop_least is None and not request.calibration
-    return one_by_one and streams(request)
+    return one_by_one and "orbax" not in formats and streams(request)
 
 
 def streams(request: PruneRequest) -> bool:

@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_pruned_models(folder: Path, argv: list[obj
         percent = float(row["target"].removesuffix(" %"))
         (pruned,) = chooser.choose(method, [{"prune_percent": percent}])
         assert row["widths"] == list(pruned.plan.widths)
-        sliced = convert.Checkpoint(pruned.apply(checkpoint.model), "", {}).pruned(pruned.plan).model
+        sliced = checkpoint.with_model(pruned.apply(checkpoint.model)).pruned(pruned.plan).model
         expected = perplexity(sliced, tokens, sequence_length=32).value
         assert row["perplexity"][name] == pytest.approx(expected, rel=1e-3), row
         assert row["expansion_ratio"] == pytest.approx(sum(row["widths"]) / 3 / 48)

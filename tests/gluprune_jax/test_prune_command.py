@@ -553,7 +553,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     def fail(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("gluprune_jax.prune.run.changes", fail)
+    monkeypatch.setattr("gluprune_jax.prune.report.changes", fail)
     status, out, err = run(capsys, "--model", model, *WIDTH, "--dry-run", "--json")
     assert (status, out) == (1, "")
     assert "unexpected ZeroDivisionError: first line (--debug shows where" in err.splitlines()[-1]

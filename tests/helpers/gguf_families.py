@@ -22,6 +22,7 @@ from tiny_families import CONFIGS
 import convert
 from convert.checkpoint import Checkpoint
 from convert.huggingface.config import read_config
+from convert.loaded import LoadedCheckpoint
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model, parameters_of, with_parameters
@@ -193,7 +194,7 @@ def write(
     ours, rest = read_config(config)
     model = random_model(ours)
     path.mkdir(exist_ok=True)
-    convert.save(Checkpoint(model, "random", rest), path / "hf")
+    convert.save(LoadedCheckpoint(model=model, source="random", hf_config=rest), path / "hf")
     changed = {f"{architecture(config)}.{key.replace('__', '.')}": value for key, value in fields.items()}
     tensors = converted(config, load_file(path / "hf" / "model.safetensors"), np.dtype(dtype))
     return write_gguf(path / "model.gguf", metadata(config) | changed, tensors, architecture(config)), model
@@ -202,4 +203,4 @@ def write(
 def random_checkpoint(config: dict[str, Any], **changes: Any) -> Checkpoint:
     """A random model of a config, fields of which are changed."""
     ours, rest = read_config(config)
-    return Checkpoint(random_model(dataclasses.replace(ours, **changes)), "random", rest)
+    return LoadedCheckpoint(model=random_model(dataclasses.replace(ours, **changes)), source="random", hf_config=rest)

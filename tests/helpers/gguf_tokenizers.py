@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from convert.checkpoint import Checkpoint
 from convert.huggingface.config import read_config
+from convert.loaded import LoadedCheckpoint
 
 LICENSE = (pathlib.Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
 V = 400
@@ -65,7 +66,9 @@ def checkpoint(tokenizer: Tokenizer | dict[str, bytes], size: int = V, **setting
     if "tokenizer_config.json" not in assets:
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **settings}
         assets = {**assets, "tokenizer_config.json": json.dumps(names).encode()}
-    return Checkpoint(random_model(config), "mine", {**rest, "eos_token_id": None}, assets=assets)
+    return LoadedCheckpoint(
+        model=random_model(config), source="mine", hf_config={**rest, "eos_token_id": None}, assets=assets
+    )
 
 
 def sentencepiece_fields(prefix: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert import checkpoint
+from convert import loaded
 from convert.families import names
 from convert.families.names import TensorName
 from convert.families.registry import FAMILIES
@@ -23,7 +23,7 @@ def model_arrays(model: Decoder) -> Iterator[tuple[TensorName, Any]]:
 
 
 def build_model(config: ModelConfig, arrays: Mapping[str, Any]) -> Decoder:
-    return checkpoint.build_model(config, {name.name: arrays[name.hf] for name in tensor_names(config)})
+    return loaded.build_model(config, {name.name: arrays[name.hf] for name in tensor_names(config)})
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:

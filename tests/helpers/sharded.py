@@ -10,8 +10,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from gluprune_jax.models.config import name_of
 from gluprune_jax.models.decoder import Decoder
-from gluprune_jax.models.parameters import abstract_model, name_of, parameters_of, with_parameters
+from gluprune_jax.models.parameters import abstract_model, parameters_of, with_parameters
 from gluprune_jax.parallel.mesh import parameter_sharding, shape_of
 
 

@@ -61,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         path = place / name.replace(" ", "-")
         if not path.exists():
             config, rest = read_config(CONFIGS[name])
-            convert.save(convert.Checkpoint(random_model(config), name, rest), path)
+            convert.save(convert.LoadedCheckpoint(model=random_model(config), source=name, hf_config=rest), path)
         return path
 
     return folder

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 import convert
-from convert.checkpoint import Checkpoint
 from convert.gguf.tokenizer import SPLITTINGS, pre_tokenizer_of
 from convert.huggingface.config import read_config
+from convert.loaded import LoadedCheckpoint
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 1200
@@ -66,7 +66,7 @@ def written(tokenizer: Tokenizer, folder: Path) -> Path:
         "unk_token": "<unk>",
     }
     assets = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(names).encode()}
-    checkpoint = Checkpoint(random_model(config), "mine", rest, assets=assets)
+    checkpoint = LoadedCheckpoint(model=random_model(config), source="mine", hf_config=rest, assets=assets)
     convert.save(checkpoint, folder / "hf")
     convert.save(checkpoint, folder / "model.gguf", formats=["gguf"])
     return folder / "model.gguf"

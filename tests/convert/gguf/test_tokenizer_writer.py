@@ -10,9 +10,9 @@ from gguf import TokenType
 from gguf_tokenizers import LICENSE, PUBLISHED, V, byte_level, checkpoint, sentencepiece_fields
 from tokenizers import Tokenizer, models, processors
 
-from convert.checkpoint import Checkpoint
 from convert.gguf.tokenizer import SPLITTINGS, pre_tokenizer_of, tokenizer_assets
 from convert.gguf.tokenizer_writer import fitting_splittings, tokenizer_fields
+from convert.loaded import LoadedCheckpoint
 from gluprune_jax.errors import RequestError
 
 TEXTS = ["We'll see 12345 CamelCase cafe\u0301!\n\n  x", "<s>a</s> b <mine>c", "\u65e5\u672c \U0001f600 a/b/\n"]
@@ -99,7 +99,7 @@ def test_tokens_without_an_embedding_are_left_out() -> None:
 
 def test_a_model_without_a_tokenizer() -> None:
     model = checkpoint({"tokenizer_config.json": b"{}"})
-    empty = Checkpoint(model.model, "mine", model.hf_config)
+    empty = LoadedCheckpoint(model=model.model, source="mine", hf_config=model.hf_config)
     assert tokenizer_fields(empty) == (
         {"tokenizer.ggml.model": "no_vocab"},
         ["the model has no tokenizer files, and so the GGUF file none"],

@@ -333,7 +333,10 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     )
     ones = {name: jnp.ones(shape.shape, jnp.float32) for name, shape in parameter_shapes(first).items()}
     # What is imported on the way is not counted.
-    convert.save(convert.Checkpoint(build_model(first, ones), "ones", {"model_type": "llama"}), tmp_path / "first")
+    checkpoint = convert.LoadedCheckpoint(
+        model=build_model(first, ones), source="ones", hf_config={"model_type": "llama"}
+    )
+    convert.save(checkpoint, tmp_path / "first")
     # The largest tensor is eight times any other, for some are read ahead while one is written.
     widths = (2048, 2000, 1800, 2048) * 2
     config = tiny_config(vocab_size=16384, hidden_size=256, intermediate_sizes=widths, head_dim=64, width_multiple=8)
@@ -344,7 +347,9 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
         else jnp.ones(shape.shape, jnp.float32)
         for name, shape in parameter_shapes(config).items()
     }
-    checkpoint = convert.Checkpoint(build_model(config, arrays), "ones", {"model_type": "llama"})
+    checkpoint = convert.LoadedCheckpoint(
+        model=build_model(config, arrays), source="ones", hf_config={"model_type": "llama"}
+    )
     largest = max(array.nbytes for array in arrays.values())
     tracemalloc.start()
     convert.save(checkpoint, tmp_path / "out")

@@ -20,7 +20,7 @@ from sharded import shard_model
 from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
-from convert import shards
+from convert import buffers, shards
 from convert.checkpoint import Checkpoint, MeshChoice
 from convert.families.names import TensorName
 from convert.huggingface import sharded
@@ -259,7 +259,7 @@ def test_memory_of_columns_is_that_of_the_part(tmp_path: Path, monkeypatch: pyte
     path = write_folder(tmp_path / "model", config)
     monkeypatch.setattr(sharded, "_BLOCK", 1 << 16)
     largest = 0
-    allocate = shards.aligned_empty
+    allocate = buffers.aligned_empty
 
     def recording(shape: Any, dtype: Any) -> Any:
         nonlocal largest

@@ -558,7 +558,7 @@ def test_the_command_names_the_layers_that_diverged(
     folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     diverging = functools.partial(reconstruct, learning_rate=1e4)
-    monkeypatch.setattr("gluprune_jax.pruning.methods.reconstruct", diverging)
+    monkeypatch.setattr("gluprune_jax.pruning.chooser.reconstruct", diverging)
     asked = ("--prune-percent", 40, "--compensate", "reconstruct", "--output", tmp_path / "out")
     status, _, err = run(capsys, *options(folder), *asked)
     assert (status, "the reconstruction of layer 2 diverged at step" in err) == (0, True), err
