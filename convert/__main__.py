@@ -93,9 +93,8 @@ def _convert(request: ConvertRequest) -> None:
     from convert.gguf.export import gguf_options  # here: help and a refused argument need no JAX
     from convert.huggingface.push import check_options, check_push, push_to_hub
     from convert.output import check_format, check_not_own_folder, check_padding, check_target, parse_formats
+    from convert.sources import loaded_whole
     from convert.store import load_or_open
-    from gluprune_jax.memory.mesh_choice import mesh_chooser
-    from gluprune_jax.memory.plan import Pruning
     from gluprune_jax.parallel.distributed import is_main, synchronize_errors
 
     formats = parse_formats(request.format, request.output)
@@ -109,13 +108,20 @@ def _convert(request: ConvertRequest) -> None:
             check_not_own_folder(request.model, request.output)
             if request.push_to_hub:
                 check_push(request.push_to_hub, private=request.private, overwrite=request.overwrite)
+    streams = "orbax" not in formats and request.devices.mesh == "auto" and not request.distributed
+    mesh = None
+    if not streams or loaded_whole(request.model) or request.devices.device_memory is not None:
+        from gluprune_jax.memory.mesh_choice import mesh_chooser  # here: from file to file no device is asked for
+        from gluprune_jax.memory.plan import Pruning
+
+        mesh = mesh_chooser(request.devices, [Pruning()])
     with terminal.byte_progress() as progress:
         checkpoint = load_or_open(
             request.model,
             dtype=request.dtype,
             revision=request.revision,
-            stream="orbax" not in formats and request.devices.mesh == "auto" and not request.distributed,
-            mesh=mesh_chooser(request.devices, [Pruning()]),
+            stream=streams,
+            mesh=mesh,
             progress=progress,
         )
         if isinstance(checkpoint, convert.MixtureCheckpoint):

@@ -20,7 +20,7 @@ def host_extents(weights: NDArray[Any], axis: int) -> tuple[bool, NDArray[np.flo
       weights: `[F, D]` or `[D, F]`, float32, float16 or bfloat16.
       axis: the one along D.
     """
-    assert weights.ndim == 2
+    assert weights.ndim == 2, f"Assertion of one matrix failed: it has shape {weights.shape}"
     infinity = _INFINITY.get(weights.dtype.name)
     # NumPy compares 16-bit floats one by one, and whole numbers many at a time: their bits, in the order of values.
     values = weights if infinity is None else weights.view(np.int16)

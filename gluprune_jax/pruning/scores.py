@@ -387,6 +387,6 @@ def select_neurons(scores: Sequence[float] | NDArray[np.float32], width: int) ->
     Selections from the same scores are nested: a smaller one is a subset of a larger one.
     """
     values = np.asarray(scores, np.float32)
-    assert values.ndim == 1
+    assert values.ndim == 1, f"Assertion of one layer's scores `[F]` failed: they have shape {values.shape}"
     order = np.argsort(-values, kind="stable")
     return cast("NDArray[np.int32]", np.sort(order[:width]).astype(np.int32))

@@ -22,7 +22,7 @@ from convert.tokenizer import encode_text, load_tokenizer
 from evals.compare import main
 from evals.perplexity import perplexity
 from evals.report.comparison import plain_ticks
-from gluprune_jax.pruning import methods
+from gluprune_jax.pruning import chooser
 from gluprune_jax.pruning.chooser import Chooser
 from gluprune_jax.pruning.methods import Method
 
@@ -138,13 +138,13 @@ def test_layer_by_layer(folder: Path, argv: list[object], tmp_path: Path, capsys
 def test_neurons_are_scored_once_and_programs_compiled_once(
     argv: list[object], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored, original = [], methods.score
-    monkeypatch.setattr(methods, "score", lambda *args, **options: scored.append(args[1]) or original(*args, **options))
-    collected, collect = [], methods.collect
-    monkeypatch.setattr(methods, "collect", lambda *args, **rest: collected.append(1) or collect(*args, **rest))
-    refitted, compensate = [], methods.compensate
+    scored, original = [], chooser.score
+    monkeypatch.setattr(chooser, "score", lambda *args, **options: scored.append(args[1]) or original(*args, **options))
+    collected, collect = [], chooser.collect
+    monkeypatch.setattr(chooser, "collect", lambda *args, **rest: collected.append(1) or collect(*args, **rest))
+    refitted, compensate = [], chooser.compensate
     monkeypatch.setattr(
-        methods, "compensate", lambda *args, **rest: refitted.append(len(args[2])) or compensate(*args, **rest)
+        chooser, "compensate", lambda *args, **rest: refitted.append(len(args[2])) or compensate(*args, **rest)
     )
     report(capsys, *argv, "--methods", "ppm,hybrid,hybrid+least-squares,hybrid+global,wanda")
     assert scored == ["ppm", "hybrid", "wanda"]

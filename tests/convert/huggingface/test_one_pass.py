@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from inspecting import contents
 from numpy.typing import NDArray
-from tiny_mixtures import CONFIGS as MIXTURES
-from tiny_mixtures import write_mixture
 from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
@@ -182,36 +180,3 @@ def test_every_byte_is_read_and_written_once(tmp_path: Path) -> None:
     sizes = {folder: sum(file.stat().st_size for file in (tmp_path / folder).iterdir()) for folder in ("model", "out")}
     assert read <= 1.03 * sizes["model"]
     assert written <= 1.01 * sizes["out"]
-
-
-WITHOUT_JAX = """
-import sys
-from gluprune_jax.prune import main
-
-status = main(sys.argv[1:])
-heavy = {"jax", "flax", "optax", "orbax", "chex", "transformers", "torch"}
-print(",".join(sorted(heavy & sys.modules.keys())), file=sys.stderr)
-sys.exit(status)
-"""
-
-
-def modules_of(model: Path, output: Path, *options: str) -> str:
-    """What pruning a folder from file to file imports of these heavy packages."""
-    argv = ["--model", str(model), "--output", str(output), "--json", *options]
-    done = subprocess.run([sys.executable, "-c", WITHOUT_JAX, *argv], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr.splitlines()[-1]
-
-
-def test_ppm_from_file_to_file_imports_no_jax(model: Path, tmp_path: Path) -> None:
-    """It is most of the time that a small model takes, and on a TPU it would take the devices."""
-    assert modules_of(model, tmp_path / "out", "--prune-percent", "20") == ""
-    plan = str(tmp_path / "out" / "gluprune_plan.json")
-    assert modules_of(model, tmp_path / "replayed", "--plan", plan) == ""
-    assert contents(tmp_path / "replayed")["model.safetensors"] == contents(tmp_path / "out")["model.safetensors"]
-    assert "jax" in modules_of(model, tmp_path / "vow", "--prune-percent", "20", "--criterion", "vow")
-
-
-def test_neither_do_experts(tmp_path: Path) -> None:
-    folder = write_mixture(tmp_path / "model", next(iter(MIXTURES.values())))
-    assert modules_of(folder, tmp_path / "out", "--prune-percent", "20") == ""

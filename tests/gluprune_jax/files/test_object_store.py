@@ -183,7 +183,7 @@ gluprune_jax.prune.main(sys.argv[1:])
 
 
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("killed_in", ["convert.store.save_orbax", "gluprune_jax.files.orbax.file_sizes"])
+@pytest.mark.parametrize("killed_in", ["convert.orbax.save_orbax", "gluprune_jax.files.orbax.file_sizes"])
 def test_what_a_killed_run_leaves_is_not_loaded(model: Path, killed_in: str, capsys: Capture) -> None:
     """Killed when only the small files are there, or all but the object that is written last."""
     target = ("--model", str(model), *PRUNE, "--output", f"{BUCKET}/tiny")
