@@ -4,10 +4,10 @@
 
 `--baseline CHECKOUT` measures an older version of this package, in a folder, in the place of OptiPFair.
 
-Imports and XLA's compilation are part of the time; that of Python's modules, which pip does when it installs, is not:
-both programs have run once before. `llama-1b` is a random bfloat16 checkpoint of Llama-3.2-1B's exact
-shapes (2.5 GB); `smollm2` is the demo model as a float32 Hugging Face folder (0.5 GB). Both programs read the same
-folder; at the end the scores of the neurons that they kept are compared.
+Imports are part of the time, and compilation where an older version compiles; that of Python's modules, which pip does
+when it installs, is not: both programs have run once before. `llama-1b` is a random bfloat16 checkpoint of
+Llama-3.2-1B's exact shapes (2.5 GB); `smollm2` is the demo model as a float32 Hugging Face folder (0.5 GB). Both
+programs read the same folder; at the end the scores of the neurons that they kept are compared.
 """
 
 import argparse
