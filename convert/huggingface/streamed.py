@@ -80,6 +80,8 @@ class StreamedCheckpoint(Checkpoint):
     def array(self, name: TensorName) -> NDArray[Any]:
         """Reads one tensor, in the shape of `name`.
 
+        NumPy adds bfloat16 up in bfloat16, where sums stall, and sorts NaN anywhere: convert to float32 for statistics.
+
         Raises:
           OperationError: the file cannot be read, or has changed since it was opened; NaN or Inf.
           RequestError: values too large for the dtype they are cast to.
