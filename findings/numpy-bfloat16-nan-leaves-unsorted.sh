@@ -3,10 +3,11 @@
 #
 # Expected: as NumPy documents for its floats: NaN last, everything before it sorted, a median of NaN, each NaN once in
 #   `np.unique`.
-# Happens: of bfloat16 NaN end up anywhere and divide the rest: finite numbers behind one another are out of order, the median of an
-#   array with NaN is some number, and `np.unique` repeats NaN.
+# Happens: of bfloat16 NaN end up anywhere and divide the rest: finite numbers behind one another are out of order, the median
+#   of an array with NaN is some number, and `np.unique` repeats NaN.
 # Matters: whoever takes the highest of sorted bfloat16 scores, one of them NaN from an overflow or an empty batch, takes
-#   neurons that are not the highest, and the NaN that a median in float32 would have shown is not there. Remedy: scores in float32, and a check that all are finite.
+#   neurons that are not the highest, and the NaN that a median in float32 would have shown is not there. Remedy: scores in
+#   float32, and a check that all are finite.
 # Versions: numpy 2.4.6, ml_dtypes 0.6.0. Seen, Python 3.11:
 #   bfloat16: 3 NaN of 64 at 22, 35, 44 after sorting, finite values out of order at 3 places, median 36.5, unique [nan, nan, 1.0]
 #   float16: 3 NaN of 64 at 61, 62, 63 after sorting, finite values out of order at 0 places, median nan, unique [1.0, nan]
