@@ -51,9 +51,9 @@ def score_neurons(
 
     def value(parameter: str) -> Array:
         if parameter in WEIGHTS:
+            weight: Array | NDArray[Any] = getattr(mlp, f"{parameter}_proj")
             # What lies in the host's memory is adopted where it can be: a compiled program would copy its arguments.
-            weight: Array = jax.device_put(getattr(mlp, f"{parameter}_proj"))
-            return weight
+            return jax.device_put(weight) if isinstance(weight, np.ndarray) else weight
         if parameter == "key":
             return jax.random.fold_in(jax.random.key(seed), layer)
         values = np.pad(np.asarray(getattr(statistics, parameter), np.float32), (0, stored - width))
