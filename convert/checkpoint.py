@@ -253,14 +253,18 @@ def too_large(name: str, dtype: np.dtype[Any]) -> RequestError:
     return RequestError(f"{name} holds values too large for {dtype}; accepted: a dtype of wider range")
 
 
+def on_host(array: Array | NDArray[Any]) -> NDArray[Any]:
+    """An array, whole, in the memory of the host; one that is spread over processes all of them must ask for."""
+    if isinstance(array, np.ndarray):
+        return array
+    from gluprune_jax.parallel.mesh import to_host  # here: whoever has an array of JAX has JAX
+
+    return to_host(array)
+
+
 def for_file(name: TensorName, array: Array | NDArray[Any], width: int) -> NDArray[Any]:
     """A tensor of a model as files hold it: head axes merged, storage padding stripped, zero neurons up to `width`."""
-    if isinstance(array, np.ndarray):
-        values = array
-    else:
-        from gluprune_jax.parallel.mesh import to_host  # here: whoever has an array of JAX has JAX
-
-        values = to_host(array)
+    values = on_host(array)
     if name.neuron_axis is None:
         return values.reshape(name.shape)
     values = (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import Checkpoint, MeshChoice, Progress, cast
+from convert.checkpoint import Checkpoint, MeshChoice, Progress, cast, on_host
 from convert.families.names import TensorName, tensor_names
 from convert.huggingface.safetensors import (
     Piece,
@@ -135,7 +135,7 @@ class StreamedCheckpoint(Checkpoint):
         refitted = {}
         for name, old in before.items():
             if old in new or old in self.refitted:
-                dense = self.refitted[old] if old not in new else _to_host(new[old])
+                dense = self.refitted[old] if old not in new else on_host(new[old])
                 _, i, _, matrix = old.split(".")
                 refitted[name] = np.take(dense, plan.kept[int(i)], NEURON_AXES[matrix])
         return dataclasses.replace(
@@ -198,9 +198,3 @@ def _name_before(path: Sequence[str | int], layers: Sequence[int]) -> str:
         case "layers", int(i), *rest:
             return name_of(("layers", layers[i], *rest))
     return name_of(tuple(path))
-
-
-def _to_host(array: Any) -> NDArray[Any]:
-    from gluprune_jax.parallel.mesh import to_host  # here: whoever has refitted a model has JAX
-
-    return to_host(array)

@@ -351,7 +351,9 @@ def test_no_exported_bit_depends_on_the_mesh(
     convert.save(plain, tmp_path / "plain")
     loaded = convert.load(folder, mesh=on(data, model))
     convert.save(loaded, tmp_path / "loaded")
-    moved = plain.with_model(shard_model(plain.model, on(data, model)(plain.model)))  # type: ignore[arg-type]
+    mesh = on(data, model)(plain.model)
+    assert mesh is not None
+    moved = plain.with_model(shard_model(plain.model, mesh))
     convert.save(moved, tmp_path / "moved")
     assert contents(tmp_path / "loaded") == contents(tmp_path / "plain")
     assert contents(tmp_path / "moved") == contents(tmp_path / "plain")

@@ -1,6 +1,7 @@
 """Extremes found on the host have the bits of those that compiled programs find."""
 
 import itertools
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ from gluprune_jax.pruning.extents import host_extents
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
-def special(dtype: np.dtype) -> NDArray:  # type: ignore[type-arg]
+def special(dtype: np.dtype[Any]) -> NDArray[Any]:
     """Rows of zeros of either sign, of one sign alone, of subnormal and of the largest numbers."""
     limit = ml_dtypes.finfo(dtype)
     rows = [
@@ -36,9 +37,9 @@ def special(dtype: np.dtype) -> NDArray:  # type: ignore[type-arg]
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (300, 129), (64, 4096)])
 def test_the_same_bits_as_on_a_device(
     monkeypatch: pytest.MonkeyPatch,
-    dtype: np.dtype,
+    dtype: np.dtype[Any],
     axis: int,
-    shape: tuple[int, int],  # type: ignore[type-arg]
+    shape: tuple[int, int],
 ) -> None:
     weights = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     finite, device = matrix_extents(weights, axis)
@@ -53,7 +54,7 @@ def test_the_same_bits_as_on_a_device(
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zeros_subnormal_and_largest_numbers(dtype: np.dtype, axis: int) -> None:  # type: ignore[type-arg]
+def test_zeros_subnormal_and_largest_numbers(dtype: np.dtype[Any], axis: int) -> None:
     weights = special(dtype) if axis == 1 else np.ascontiguousarray(special(dtype).T)
     finite, host = host_extents(weights, axis)
     values = special(dtype).astype(np.float32)
@@ -64,7 +65,7 @@ def test_zeros_subnormal_and_largest_numbers(dtype: np.dtype, axis: int) -> None
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_is_found_wherever_it_is(dtype: np.dtype, axis: int) -> None:  # type: ignore[type-arg]
+def test_what_is_not_finite_is_found_wherever_it_is(dtype: np.dtype[Any], axis: int) -> None:
     for bad, row, column in itertools.product((np.nan, -np.nan, np.inf, -np.inf), (0, 2, 4), (0, 3)):
         weights = np.linspace(-1, 1, 20).reshape(5, 4).astype(dtype)
         assert host_extents(weights, axis)[0]
