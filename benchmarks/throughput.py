@@ -30,8 +30,9 @@ from rich.table import Table
 from scoring_bandwidth import median_seconds
 from shapes import HF_CONFIGS, shapes_of
 
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL, decode, empty_state, store
 from gluprune_jax.inference.engine import SCORED_TOKENS, rows, score_tokens
-from gluprune_jax.inference.generation import STEPS_PER_CALL, Sampling, decode, empty_state, store
+from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
@@ -106,7 +107,7 @@ def measure_forward(model: Decoder, runs: int, batch: int, matrix_rate: float) -
 
 def measure_decoding(model: Decoder, runs: int, slots: int, limits: dict[str, float]) -> dict[str, float]:
     config, params, masks = model.config, nnx.state(model, nnx.Param), ones(model.config)
-    sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
+    sampling = Sampling.of((), 0, 1, 0)
     states = [empty_state(config, slots, 2048, jnp.bfloat16)]
 
     def call() -> jax.Array:

@@ -41,9 +41,10 @@ from rich.table import Table
 from shapes import HF_CONFIGS, shapes_of
 
 from gluprune_jax.errors import RequestError
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL, DecodeState, admit, decode
 from gluprune_jax.inference.engine import SCORED_TOKENS, score_tokens, whole_rows
-from gluprune_jax.inference.generation import STEPS_PER_CALL, DecodeState, Sampling, whole_admit, whole_decode
 from gluprune_jax.inference.prefill import append, whole_extend
+from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.models.attention import KEY_BLOCK
 from gluprune_jax.models.cache import KVCache, LayerCache
 from gluprune_jax.models.config import ModelConfig
@@ -318,11 +319,11 @@ def programs(case: Case, mesh: Mesh) -> dict[str, Program]:
         "append": Program(append, (cache(R, HEADER), cache(R, CHUNK).layers, integers(R)), "append"),
         "score tokens": Program(score_tokens, (*model, *asked), "score tokens", ASKED, need=need["score tokens"]),
         "admit": Program(
-            whole_admit,
+            admit,
             (*model, state, cache(R, HEADER), batch(R, D, dtype=DTYPE), *(integers(R),) * 2, integers(), sampling),
             "admit",
         ),
-        "decode": Program(whole_decode, (*model, state, sampling, masks), "decode", SLOTS, need=need["decode"]),
+        "decode": Program(decode, (*model, state, sampling, masks), "decode", SLOTS, need=need["decode"]),
         "Gram matrix": Program(
             observe_layer, (*step, batch(windows, CHUNK), stream, sums), "calibration", BATCH_TOKENS, held
         ),

@@ -15,7 +15,9 @@ from evals.efficiency.energy import EnergyMeter
 from evals.efficiency.workloads import Workload
 from gluprune_jax import generate
 from gluprune_jax.errors import OperationError
-from gluprune_jax.inference.generation import Sampling, empty_state, slots_for, whole_decode
+from gluprune_jax.inference.device_loop import decode, empty_state
+from gluprune_jax.inference.generation import slots_for
+from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import mesh_of, shape_of, use_mesh
 
@@ -88,7 +90,14 @@ def measure(
         start = time.perf_counter()
         for group in groups:
             # No token ends an answer: all models do the same work.
-            generate(model, group, max_new_tokens=new_tokens, slots=batch, on_out_of_memory=no_memory)
+            generate(
+                model,
+                group,
+                max_new_tokens=new_tokens,
+                slots=batch,
+                prompt_lookup=False,  # a token's time shall not depend on what the text repeats
+                on_out_of_memory=no_memory,
+            )
         return time.perf_counter() - start
 
     warm_up = answer(1) + answer(workload.new_tokens)
@@ -142,8 +151,8 @@ def decode_memory(model: Decoder, batch: int, longest: int) -> int | None:
     slots = math.ceil(batch / shape_of(mesh).data) * shape_of(mesh).data  # as many in each replica
     with use_mesh(mesh):
         state = jax.eval_shape(lambda: empty_state(config, slots, slots_for(longest), dtype))
-        sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
-        analysis = whole_decode.lower(config, params, state, sampling, None).compile().memory_analysis()
+        sampling = Sampling.of((), 0, 1, 0)
+        analysis = decode.lower(config, params, state, sampling, None).compile().memory_analysis()
     if analysis is None:
         return None
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes

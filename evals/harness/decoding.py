@@ -7,7 +7,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 import convert
 from gluprune_jax.errors import RequestError, shortened
-from gluprune_jax.inference.generation import STEPS_PER_CALL
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL
 
 # What a task may say of decoding beside stop strings and lengths, and what changes nothing.
 _DECODING_ARGUMENTS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")

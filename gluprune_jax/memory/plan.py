@@ -18,8 +18,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
 from gluprune_jax.errors import RequestError, format_bytes
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL
 from gluprune_jax.inference.engine import BATCHES_IN_FLIGHT, SCORED_TOKENS
-from gluprune_jax.inference.generation import STEPS_PER_CALL, slots_for
+from gluprune_jax.inference.generation import slots_for
 from gluprune_jax.inference.prefill import CHUNKS, cache_slots
 from gluprune_jax.memory.mesh_choice import REMEDIES
 from gluprune_jax.models.attention import KEY_BLOCK

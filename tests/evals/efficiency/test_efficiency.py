@@ -23,7 +23,7 @@ from evals.efficiency.energy import Energy, EnergyMeter
 from evals.efficiency.measure import DEFINITIONS, decode_memory, measure
 from evals.efficiency.workloads import PAPER, Workload, from_texts, of_paper, synthetic
 from gluprune_jax.errors import OperationError, RequestError
-from gluprune_jax.inference.generation import STEPS_PER_CALL
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL
 
 run, report = partial(commands.run, main), partial(commands.report, main)
 

@@ -35,8 +35,8 @@ from evals.lm_eval_command import run_lm_eval
 from evals.results.journal import Journal
 from gluprune_jax import make_plan, score
 from gluprune_jax.errors import GlupruneError, OperationError, RequestError
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL
 from gluprune_jax.inference.engine import LogLikelihood
-from gluprune_jax.inference.generation import STEPS_PER_CALL
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.parallel.mesh import MeshShape, shape_of
 

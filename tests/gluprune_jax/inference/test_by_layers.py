@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,17 @@ import numpy as np
 import pytest
 from compilations import compiled
 from flax import nnx
+from numpy.typing import NDArray
 from tiny_families import CONFIGS
 from tiny_models import hf_config, hf_tensors, write_folder
 
 import convert
 from convert.huggingface.config import read_config
+from gluprune_jax.inference import generation
 from gluprune_jax.inference.engine import Engine, rows, whole_rows
-from gluprune_jax.inference.generation import (
-    Sampling,
-    admit,
-    decode,
-    empty_state,
-    last_hidden,
-    store,
-    whole_admit,
-    whole_decode,
-)
+from gluprune_jax.inference.generation import generate
+from gluprune_jax.inference.host_loop import HostLoop
+from gluprune_jax.inference.lookup import DRAFT
 from gluprune_jax.inference.prefill import append, extend, whole_extend
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
@@ -67,26 +63,28 @@ def test_layer_by_layer_is_the_whole_decoder(name: str, is_masked: bool) -> None
     forest = config, params, cache, *map(jnp.asarray, (tokens, positions, ends)), masks
     assert_equal(rows(*forest), whole_rows(*forest))
 
-    sampling = Sampling(np.full(8, -1, np.int32), np.float32(0.7), np.float32(0.9), np.uint32(3))
 
-    def decoded(*, whole: bool) -> list[object]:
-        state, last = empty_state(config, 2, 512, "float32"), last_hidden(hidden, np.array([99]))
-        states: list[object] = []
-        for slot in (0, 1):
-            puts = whole_admit if whole else admit
-            numbers = np.array([slot], np.int32), np.array([slot + 5], np.int32), np.int32(20 - 9 * slot)
-            state, token = puts(config, params, state, cache, last, *numbers, sampling)
-            states.append(token)
-        for _ in range(2):  # the first sequence ends in the second call, the other one in the first
-            step = whole_decode if whole else decode
-            state, recent, out = step(config, params, state, sampling, given)
-            runs = np.asarray(state.remaining) > 0  # of the others, the last token and what is cached are not used
-            states += [*map(np.array, (out, state.remaining, state.cache.lengths)), np.where(runs, state.token, -1)]
-            states += [np.asarray(leaf)[runs] for leaf in jax.tree.leaves(recent.layers)]
-            state = store(state, recent)
-        return states
+@pytest.mark.parametrize("name", ["llama with biases", "gemma3", "smollm3", "granite", "phi3, long rows"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_host_decodes_what_the_device_does(name: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token, and with drafts: prompts and answers are longer than a window, and repeat themselves."""
+    model = Decoder(config_of(name), rngs=nnx.Rngs(1))
+    prompts = [TOKENS[0, :100].tolist(), TOKENS[0, 5:9].tolist() * 9, [7]]
+    options: dict[str, Any] = {"max_new_tokens": 60, "temperature": temperature, "top_p": 0.9, "seed": 3}
+    widths: list[int] = []
+    run = HostLoop._run
 
-    assert_equal(decoded(whole=False), decoded(whole=True))
+    def seen(loop: HostLoop, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        widths.append(tokens.shape[1])
+        return run(loop, tokens)
+
+    monkeypatch.setattr(HostLoop, "_run", seen)
+    one_by_one = generate(model, prompts, prompt_lookup=False, **options)
+    assert set(widths) == {1}
+    found = generate(model, prompts, **options)
+    assert set(widths) == ({1, 1 + DRAFT} if temperature == 0 else {1})
+    monkeypatch.setattr(generation, "runs_by_layers", lambda: False)
+    assert generate(model, prompts, **options) == one_by_one == found
 
 
 def test_a_deeper_model_needs_no_more_programs(tmp_path: Path) -> None:
@@ -103,9 +101,9 @@ def test_a_deeper_model_needs_no_more_programs(tmp_path: Path) -> None:
             engine.loglikelihood([([1, 2, 3], [4]), ([5] * 30, [6, 7])])
             engine.generate([[1, 2, 3], [4] * 9], max_new_tokens=20)
         names = [name for name, _ in programs]
-        found[widths] = {name: names.count(name) for name in ("run_layer", "decode_layer", "end_step", "whole_decode")}
+        found[widths] = {name: names.count(name) for name in ("run_layer", "write_layer", "follow", "decode")}
     one, deep, two = found.values()
     assert one == deep
-    assert one["decode_layer"] == 1
-    assert one["whole_decode"] == 0
-    assert two == {**one, **{name: 2 * one[name] for name in ("run_layer", "decode_layer")}}
+    assert one["run_layer"] > 0
+    assert one["decode"] == 0
+    assert two == {**one, "run_layer": 2 * one["run_layer"]}

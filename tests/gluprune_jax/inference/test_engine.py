@@ -20,9 +20,9 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 import convert
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.inference import engine as engine_module
-from gluprune_jax.inference import generation
 from gluprune_jax.inference.engine import Engine, LogLikelihood, rolling_windows, score_tokens
 from gluprune_jax.inference.generation import generate
+from gluprune_jax.inference.host_loop import HostLoop
 from gluprune_jax.inference.prefill import extend, whole_extend
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.decoder import Decoder
@@ -585,8 +585,8 @@ def test_bad_generation_is_refused(shallow: Decoder, prompts: Any, settings: dic
 def test_out_of_memory_halves_the_slots(
     shallow: Decoder, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited = failing_above(generation.decode, 4, EXHAUSTED, lambda *arguments: int(arguments[2].token.shape[0]))
-    monkeypatch.setattr(generation, "decode", limited)
+    limited = failing_above(HostLoop.decode, 4, EXHAUSTED, lambda loop, **_: len(loop._remaining))
+    monkeypatch.setattr(HostLoop, "decode", limited)
     notes: list[str] = []
     assert Engine(shallow, note=notes.append).generate(PROMPTS, max_new_tokens=40) == plain
     assert notes == ["out of memory: continuing with 4 sequences at a time"]

@@ -20,22 +20,12 @@ from convert.tokenizer import encode_prompt, encode_text, end_of_sequence_ids, l
 from gluprune_jax.errors import OperationError, RequestError
 from gluprune_jax.inference import generation
 from gluprune_jax.inference.by_layers import run_layer
-from gluprune_jax.inference.generation import (
-    DecodeState,
-    Sampling,
-    choose,
-    decode,
-    decode_layer,
-    empty_state,
-    end_step,
-    fill_layer,
-    generate,
-    release,
-    whole_admit,
-    whole_decode,
-)
+from gluprune_jax.inference.device_loop import STEPS_PER_CALL, DeviceLoop, admit, decode, empty_state, release
+from gluprune_jax.inference.generation import generate
+from gluprune_jax.inference.host_loop import HostLoop, empty_cache, fill_layer, follow, take_rows
 from gluprune_jax.inference.prefill import append, extend
-from gluprune_jax.models.cache import KVCache
+from gluprune_jax.inference.sampling import Sampling, choose
+from gluprune_jax.models.cache import KVCache, write_layer
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model
 from gluprune_jax.pruning.plan import make_plan
@@ -45,13 +35,19 @@ from gluprune_jax.pruning.slicing import slice_model
 CONFIG = hf_config(rope_scaling=LLAMA3_ROPE, num_hidden_layers=2)
 STEPS = 40  # three calls of the compiled loop
 LENGTHS = (1, 31, 7, 32, 2)
-PROGRAMS = (run_layer, append, fill_layer, whole_admit, decode_layer, end_step)
 PROMPTS = [np.random.default_rng(length).integers(0, 97, length).tolist() for length in LENGTHS]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return convert.load(write_folder(tmp_path_factory.mktemp("model"), CONFIG, hf_tensors(CONFIG, seed=2))).model
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test decodes as one CPU does, and as accelerators do."""
+    monkeypatch.setattr(generation, "runs_by_layers", lambda: request.param == "host")
+    return str(request.param)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,14 +113,20 @@ def test_any_number_of_end_tokens(model: Decoder, expected: list[list[int]], cou
     assert generate(model, PROMPTS, max_new_tokens=STEPS, eos_ids=ends) == [until(tokens, ends) for tokens in expected]
 
 
-def test_decoding_stops_when_all_have_ended(model: Decoder, expected: list[list[int]]) -> None:
+def calls(loop: str) -> list[int]:
+    """How many new tokens there are after each call, the first token among them."""
+    return [17, 33, STEPS] if loop == "device" else list(range(2, STEPS + 1))
+
+
+def test_decoding_stops_when_all_have_ended(model: Decoder, expected: list[list[int]], loop: str) -> None:
     progress: list[int] = []
-    generate(model, PROMPTS, max_new_tokens=STEPS, on_tokens=progress.append)
-    assert progress == [5 * 17, 5 * 33, 5 * STEPS]
+    generate(model, PROMPTS, max_new_tokens=STEPS, prompt_lookup=False, on_tokens=progress.append)
+    assert progress == [5 * count for count in calls(loop)]
     progress.clear()
     end = max(expected[1][:16], key=expected[1].index)
     generate(model, PROMPTS[1:2], max_new_tokens=STEPS, eos_ids=[end], on_tokens=progress.append)
-    assert progress == [expected[1].index(end)]
+    assert progress[-1] == expected[1].index(end)
+    assert len(progress) == 1 or progress[-2] < progress[-1] or loop == "host"
     progress.clear()
     generate(model, PROMPTS[:1], max_new_tokens=STEPS, eos_ids=[expected[0][0]], on_tokens=progress.append)
     assert progress == [0]
@@ -139,8 +141,24 @@ def test_masks_decode_as_the_sliced_model(model: Decoder) -> None:
     assert masked != generate(model, PROMPTS, max_new_tokens=STEPS)
 
 
-def test_values_do_not_recompile(model: Decoder) -> None:
+HOST_PROGRAMS = (run_layer, append, fill_layer, write_layer, take_rows, follow)
+DEVICE_PROGRAMS = (run_layer, append, admit, decode, write_layer, release)
+
+
+def sizes(loop: str) -> list[int]:
+    """How often each program has been compiled."""
+    return [program._cache_size() for program in (HOST_PROGRAMS if loop == "host" else DEVICE_PROGRAMS)]
+
+
+def test_values_do_not_recompile(model: Decoder, loop: str) -> None:
+    """On one CPU, programs are of few numbers of rows and tokens, and all of them are here in the first text."""
     masks = [tuple(np.full(80, value, np.float32) for _ in range(2)) for value in (1, 0.5)]
+    again = {"max_new_tokens": 12, "slots": 4, "temperature": 1.0, "neuron_masks": masks[0]}
+    for count in (1, 2, 4):
+        generate(model, PROMPTS[:count], **again)
+        generate(model, [[1, 2] * 16] * count, **again | {"temperature": 0.0, "max_new_tokens": 60})
+    for number in (4, 3):
+        generate(model, PROMPTS[:number], eos_ids=range(0, 97, 5), **again)
     programs = []
     for prompts, steps, ends, mask, (temperature, top_p, seed) in (
         (PROMPTS[:3], 20, [], masks[0], (0.0, 1.0, 0)),
@@ -152,23 +170,23 @@ def test_values_do_not_recompile(model: Decoder) -> None:
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "slots": 4}
         options |= {"should_stop": lambda tokens: len(tokens) > 16}
         generate(model, prompts, max_new_tokens=steps, eos_ids=ends, neuron_masks=mask, **options)
-        programs.append([f._cache_size() for f in (*PROGRAMS, release)])
+        programs.append(sizes(loop))
     assert programs == [programs[0]] * 5
 
 
-def test_chunks_of_two_sizes_serve_all_lengths(long_model: Decoder) -> None:
+def test_chunks_of_two_sizes_serve_all_lengths(long_model: Decoder, loop: str) -> None:
     options = {"max_new_tokens": 4, "slots": 1}
     generate(long_model, [[1] * 600, [1] * 1000], **options)
-    before = [f._cache_size() for f in PROGRAMS]
+    before = sizes(loop)
     generate(long_model, [[1] * length for length in (513, 640, 641, 896, 897, 1000)], **options)
-    assert [f._cache_size() for f in PROGRAMS] == before
+    assert sizes(loop) == before
 
 
 def test_a_cache_has_few_slots_more_than_are_needed(model: Decoder) -> None:
     for longest in (1, 496, 497, 512, 900, 1546, 2032):
-        needed, slots = longest + generation.STEPS_PER_CALL, generation.slots_for(longest)
+        needed, slots = longest + STEPS_PER_CALL, generation.slots_for(longest)
         assert needed <= slots < max(513, needed + 256)
-        keys = empty_state(model.config, 1, slots, np.dtype(np.float32)).cache.layers[0].k
+        keys = empty_cache(model.config, 1, slots, np.dtype(np.float32)).layers[0].k
         assert len(keys) == min(4, slots // 256)
     assert generation.slots_for(2033) == 4096  # longer ones have fewer sizes
 
@@ -289,20 +307,23 @@ def test_slots_are_refilled_as_sequences_end(model: Decoder, expected: list[list
     assert sorted(ended) == list(enumerate(wanted))
 
 
-def test_an_ended_slot_is_refilled_while_others_run(model: Decoder, expected: list[list[int]]) -> None:
-    """Two slots: one sequence takes all three calls, the others take turns beside it."""
+def test_an_ended_slot_is_refilled_while_others_run(model: Decoder, expected: list[list[int]], loop: str) -> None:
+    """Two slots: one sequence takes all calls, the others take turns beside it."""
     end = expected[1][5]
     prompts = [PROMPTS[0], *[PROMPTS[1]] * 3]
     assert end not in expected[0]
     assert len(PROMPTS[1]) > len(PROMPTS[0])
     ended: Ended = []
-    calls: list[int] = []
+    totals: list[int] = []
     options: dict[str, Any] = {"eos_ids": [end], "slots": 2, "on_result": functools.partial(add, ended)}
-    generate(model, prompts, max_new_tokens=STEPS, on_tokens=calls.append, **options)
+    generate(model, prompts, max_new_tokens=STEPS, prompt_lookup=False, on_tokens=totals.append, **options)
     short = expected[1].index(end)
     assert [number for number, _ in ended][-1] == 0
-    # Two short ones in the first call; the third beside the long one.
-    assert calls == [2 * short, 3 * short + 17, 3 * short + 33, 3 * short + STEPS]
+    if loop == "device":  # two short ones in the first call; the third beside the long one
+        assert totals == [2 * short, 3 * short + 17, 3 * short + 33, 3 * short + STEPS]
+    else:  # the short ones end in the call of their end token, and the next one begins in the one after it
+        assert len(totals) == short + STEPS - 1
+        assert totals[short - 1 :: short][:2] == [2 * short, 3 * short + short + 1]
 
 
 def test_results_are_told_before_the_rest_is_decoded(model: Decoder) -> None:
@@ -312,19 +333,17 @@ def test_results_are_told_before_the_rest_is_decoded(model: Decoder) -> None:
         PROMPTS[:3],
         max_new_tokens=4,
         slots=1,
-        on_tokens=lambda total: events.append("call"),
+        on_tokens=lambda total: total < 4 or total % 4 or events.append("call"),
         on_result=lambda number, tokens: events.append(f"result {number}"),
     )
     assert events == ["result 1", "call", "result 2", "call", "result 0", "call"]
 
 
-def test_should_stop_ends_a_sequence(model: Decoder, expected: list[list[int]]) -> None:
-    """It is asked after each call of 16 tokens, the first after 17; the tokens of the call that it looked at stay."""
+def test_should_stop_ends_a_sequence(model: Decoder, expected: list[list[int]], loop: str) -> None:
+    """It is asked after each call; the tokens of the call that it looked at stay."""
     marks = {expected[0][5], expected[1][20]}
-    calls = (17, 33, STEPS)
-    wanted = [
-        tokens[: next((calls[i] for i in range(2) if marks & set(tokens[: calls[i]])), STEPS)] for tokens in expected
-    ]
+    counts = calls(loop)
+    wanted = [tokens[: next((count for count in counts if marks & set(tokens[:count])), STEPS)] for tokens in expected]
     assert len(set(map(len, wanted))) > 1
     for slots in (1, 2, 16):
         ended: Ended = []
@@ -338,22 +357,26 @@ def test_should_stop_ends_a_sequence(model: Decoder, expected: list[list[int]]) 
             "should_stop": should_stop,
             "slots": slots,
             "on_result": functools.partial(add, ended),
+            "prompt_lookup": False,
         }
         assert generate(model, PROMPTS, max_new_tokens=STEPS, **options) == wanted
         assert sorted(ended) == list(enumerate(wanted))
         possible = sorted(
-            tokens[:n] for tokens, all_of in zip(expected, wanted, strict=True) for n in (17, 33) if n <= len(all_of)
+            tokens[:n]
+            for tokens, all_of in zip(expected, wanted, strict=True)
+            for n in counts
+            if n <= len(all_of) and n < STEPS
         )
         assert sorted(asked) == possible, "asked again, or not asked"
 
 
-def test_a_stopped_sequence_leaves_its_slot(model: Decoder, expected: list[list[int]]) -> None:
+def test_a_stopped_sequence_leaves_its_slot(model: Decoder, expected: list[list[int]], loop: str) -> None:
     progress: list[int] = []
-    stopped = generate(
-        model, PROMPTS, max_new_tokens=STEPS, should_stop=lambda tokens: True, slots=1, on_tokens=progress.append
-    )
-    assert stopped == [tokens[:17] for tokens in expected]
-    assert progress == [17, 34, 51, 68, 85]
+    options: dict[str, Any] = {"should_stop": lambda tokens: True, "prompt_lookup": False}
+    stopped = generate(model, PROMPTS, max_new_tokens=STEPS, slots=1, on_tokens=progress.append, **options)
+    first = calls(loop)[0]
+    assert stopped == [tokens[:first] for tokens in expected]
+    assert progress == [first * n for n in range(1, 6)]
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -453,18 +476,27 @@ def test_first_tokens_follow_the_model(tmp_path: Path, top_p: float) -> None:
 # ------------------------------------------------------------------------------------------------------ memory
 
 
-def exhausted(
-    program: Callable[..., Any], fails: Callable[[DecodeState], bool], error: Exception
-) -> Callable[..., Any]:
-    """A program that has no memory for some states, which are lost as donated ones are."""
+def exhaust(monkeypatch: pytest.MonkeyPatch, program: str, fails: Callable[[int], bool], error: Exception) -> None:
+    """A program has no memory for some numbers of slots, and what it was given is lost as what is donated is."""
+    if program == "extend":
 
-    def run(config: Any, params: Any, state: DecodeState, *args: Any) -> Any:
-        if fails(state):
-            jax.tree.map(lambda array: isinstance(array, jax.Array) and array.delete(), state)
-            raise error
-        return program(config, params, state, *args)
+        def run(*args: Any) -> Any:
+            if fails(0):
+                raise error
+            return extend(*args)
 
-    return run
+        monkeypatch.setattr(generation, "extend", run)
+        return
+    for kind in (HostLoop, DeviceLoop):
+
+        def method(self: Any, *args: Any, original: Any = getattr(kind, program), **options: Any) -> Any:
+            held = self._layers if isinstance(self, HostLoop) else self._state
+            if fails(jax.tree.leaves(held)[0].shape[0]):
+                jax.tree.map(lambda array: isinstance(array, jax.Array) and array.delete(), held)
+                raise error
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(kind, program, method)
 
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
@@ -475,8 +507,7 @@ OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory wh
 def test_without_memory_for_all_slots_there_are_fewer(
     model: Decoder, expected: list[list[int]], program: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails = exhausted(getattr(generation, program), lambda state: len(state.token) > 2, error)
-    monkeypatch.setattr(generation, program, fails)
+    exhaust(monkeypatch, program, lambda slots: slots > 2, error)
     told: list[int] = []
     progress: list[int] = []
     ended: Ended = []
@@ -495,16 +526,15 @@ def test_what_has_ended_is_not_begun_anew(
     """Memory runs out later, when some sequences have ended and others have tokens already."""
     end = expected[1][5]
     wanted = [until(tokens, [end]) for tokens in expected]
-    calls = iter(range(1, 1000))
-    fails = exhausted(getattr(generation, program), lambda state: next(calls) == call, OUT_OF_MEMORY)
-    monkeypatch.setattr(generation, program, fails)
+    numbers = iter(range(1, 1000))
+    exhaust(monkeypatch, program, lambda _: next(numbers) == call, OUT_OF_MEMORY)
     told: list[int] = []
     progress: list[int] = []
     ended: Ended = []
     options: dict[str, Any] = {"on_result": functools.partial(add, ended), "on_out_of_memory": told.append}
     options |= {"slots": 2, "on_tokens": progress.append, "eos_ids": [end]}
     assert generate(model, PROMPTS, max_new_tokens=STEPS, **options) == wanted
-    assert told == [1] * (next(calls) > call)
+    assert told == [1] * (next(numbers) > call)
     assert sorted(ended) == list(enumerate(wanted))
     assert progress[-1] == sum(map(len, wanted))
 
@@ -513,7 +543,7 @@ def test_what_has_ended_is_not_begun_anew(
 def test_without_memory_for_one_slot_nothing_is_generated(
     model: Decoder, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, program, exhausted(getattr(generation, program), lambda _: True, OUT_OF_MEMORY))
+    exhaust(monkeypatch, program, lambda _: True, OUT_OF_MEMORY)
     told: list[int] = []
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         generate(model, PROMPTS, max_new_tokens=STEPS, on_out_of_memory=told.append)
@@ -522,7 +552,7 @@ def test_without_memory_for_one_slot_nothing_is_generated(
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), jax.errors.JaxRuntimeError("INTERNAL: wrong")])
 def test_other_errors_are_not_swallowed(model: Decoder, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "decode", exhausted(decode, lambda _: True, error))
+    exhaust(monkeypatch, "decode", lambda _: True, error)
     told: list[int] = []
     with pytest.raises(type(error), match="wrong"):
         generate(model, PROMPTS, max_new_tokens=STEPS, on_out_of_memory=told.append)
@@ -544,9 +574,9 @@ def test_the_cache_is_not_copied(slots: int, program: str) -> None:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache.layers))
         if program == "admit":
             numbers = (*np.zeros((2, 1), np.int32), np.int32(9))
-            lowered = whole_admit.lower(config, params, state, prompt, hidden, *numbers, sampling)
+            lowered = admit.lower(config, params, state, prompt, hidden, *numbers, sampling)
         else:
-            lowered = whole_decode.lower(config, params, state, sampling, None)
+            lowered = decode.lower(config, params, state, sampling, None)
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= size
         assert memory.temp_size_in_bytes < size / 8

@@ -21,9 +21,11 @@ from tiny_config import tiny_config
 
 from gluprune_jax.cli.memory import show_plan
 from gluprune_jax.errors import RequestError
+from gluprune_jax.inference.device_loop import decode, empty_state
 from gluprune_jax.inference.engine import score_tokens, whole_rows
-from gluprune_jax.inference.generation import Sampling, empty_state, slots_for, whole_decode
+from gluprune_jax.inference.generation import slots_for
 from gluprune_jax.inference.prefill import cache_slots, whole_extend
+from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.memory.plan import Evaluation, MemoryPlan, Pruning, check_fits, choose_mesh, plan_memory
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
@@ -177,7 +179,7 @@ def temporaries(config: ModelConfig, shape: MeshShape, use: Evaluation, dtype: A
             "rows": whole_rows.lower(model.config, params, cache, many, many, many, masks),
             "extend": whole_extend.lower(model.config, params, cache, tokens(shape.data, 512), masks),
             "score": score_tokens.lower(model.config, params, hidden, asked, asked),
-            "decode": whole_decode.lower(model.config, params, state, sampling, masks),
+            "decode": decode.lower(model.config, params, state, sampling, masks),
         }
         return {name: program.compile().memory_analysis().temp_size_in_bytes for name, program in lowered.items()}
 

@@ -19,8 +19,9 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 
 import convert
 from convert.huggingface.config import read_config
-from gluprune_jax.inference.generation import Sampling, empty_state, whole_decode
+from gluprune_jax.inference.device_loop import decode, empty_state
 from gluprune_jax.inference.prefill import whole_extend
+from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.models import attention
 from gluprune_jax.models.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, Visible, causal_attention
 from gluprune_jax.models.cache import to_tiles
@@ -420,7 +421,7 @@ def largest_array(program: str, T: int, config: ModelConfig = LLAMA_3_2_1B) -> i
         "extend": lambda: jax.make_jaxpr(functools.partial(whole_extend, config))(
             state, decoding.cache, tokens_like(T), None
         ),
-        "decode": lambda: jax.make_jaxpr(functools.partial(whole_decode, config))(state, decoding, sampling, None),
+        "decode": lambda: jax.make_jaxpr(functools.partial(decode, config))(state, decoding, sampling, None),
     }
     return max(sizes(functions[program]().jaxpr))
 

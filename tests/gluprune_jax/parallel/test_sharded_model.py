@@ -23,18 +23,12 @@ from tiny_models import hf_config, hf_tensors, write_folder
 import convert
 from convert.tokenizer import encode_text, load_tokenizer
 from gluprune_jax.errors import RequestError
-from gluprune_jax.inference import generation
+from gluprune_jax.inference import device_loop
+from gluprune_jax.inference.device_loop import admit, decode, empty_state
 from gluprune_jax.inference.engine import Engine, score_tokens, whole_rows
-from gluprune_jax.inference.generation import (
-    Sampling,
-    decode,
-    empty_state,
-    generate,
-    last_hidden,
-    whole_admit,
-    whole_decode,
-)
+from gluprune_jax.inference.generation import generate, last_hidden
 from gluprune_jax.inference.prefill import append, extend, whole_extend
+from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.models.decoder import Decoder
@@ -355,7 +349,7 @@ def test_out_of_memory_on_a_mesh(
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return decode(config, params, state, *args)
 
-    monkeypatch.setattr(generation, "decode", decode_few)
+    monkeypatch.setattr(device_loop, "decode", decode_few)
     told: list[int] = []
     sharded = divided(model, MeshShape(2, 2))
     assert generate(sharded, PROMPTS, max_new_tokens=24, slots=8, on_out_of_memory=told.append) == texts["greedy"]
@@ -365,7 +359,7 @@ def test_out_of_memory_on_a_mesh(
 def test_programs_are_compiled_once(model: Decoder) -> None:
     """What a program returns lies where it takes it from."""
     sharded = divided(model, MeshShape(2, 2))
-    programs = (whole_admit, whole_decode, empty_state, whole_extend, append, last_hidden, whole_rows, score_tokens)
+    programs = (admit, decode, empty_state, whole_extend, append, last_hidden, whole_rows, score_tokens)
     for program in programs:
         program.clear_cache()
     for _ in range(2):
@@ -406,7 +400,7 @@ def compiled_for(model: Decoder) -> dict[str, Counter[tuple[str, str]]]:
         cache = KVCache.empty(config, 2, 2560, jnp.float32)
         hidden, new = extend(config, params, cache, batch(2, 128), masks)
         state = empty_state(config, 8, 1024, jnp.float32)
-        sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
+        sampling = Sampling.of((), 0, 1, 0)
         programs: dict[str, Callable[[], Any]] = {
             **{name: functools.partial(collectives, score_layer, f, gate, gate) for name, f in WEIGHT_CRITERIA.items()},
             "extents of gate": lambda: collectives(matrix_extents, gate, 1),
@@ -418,9 +412,9 @@ def compiled_for(model: Decoder) -> dict[str, Counter[tuple[str, str]]]:
             "rows": lambda: collectives(whole_rows, config, params, cache, *(batch(4, 128),) * 3, masks),
             "score tokens": lambda: collectives(score_tokens, config, params, hidden, *(batch(2, 32),) * 2),
             "admit": lambda: collectives(
-                whole_admit, config, params, state, cache, hidden[:, 0], zeros, zeros, np.int32(9), sampling
+                admit, config, params, state, cache, hidden[:, 0], zeros, zeros, np.int32(9), sampling
             ),
-            "decode": lambda: collectives(whole_decode, config, params, state, sampling, masks),
+            "decode": lambda: collectives(decode, config, params, state, sampling, masks),
         }
         return {name: compile_it() for name, compile_it in programs.items()}
 

@@ -1,0 +1,237 @@
+"""Decoding on one CPU, pass by pass: the host looks at the tokens of each pass before it starts the next one.
+
+A program of one layer serves all that are alike (`gluprune_jax.inference.by_layers`), and to start one takes little
+beside what a CPU computes in it. So the host may decide between any two passes:
+
+- Drafts are checked where that pays (`gluprune_jax.inference.lookup`): a pass is of one token for each sequence, or of
+  one and its draft.
+- When no prompt waits any more and half of the rows are free, the others go on in half as many.
+
+Which of the programs a pass takes depends on the tokens alone, so that a run gives the same bits every time.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+from numpy.typing import NDArray
+
+from gluprune_jax.inference.by_layers import Ends, bind_ends, ends_of, run_layers
+from gluprune_jax.inference.lookup import DRAFT, Lookup
+from gluprune_jax.inference.sampling import NON_FINITE, Sampling, choose
+from gluprune_jax.models.attention import Slots
+from gluprune_jax.models.cache import KVCache, LayerCache, to_tiles, with_bounds, write_layer
+from gluprune_jax.models.config import ModelConfig
+
+# A slot of up to so many tokens lies in parts (see `gluprune_jax.models.attention`): four, or fewer of so many tokens.
+# In finer ones less would be read in vain, and the program would compile longer.
+SLOTS_IN_PARTS, PART = 4096, 256
+
+
+class HostLoop:
+    """Sequences that are decoded together.
+
+    Args:
+      config: of the model.
+      params: of the model.
+      prompts: token ids of all prompts.
+      slots: sequences at the same time.
+      size: of the cache of each: `gluprune_jax.inference.generation.slots_for`.
+      dtype: of keys and values.
+      max_new_tokens: of each prompt.
+      sampling: how tokens are chosen.
+      neuron_masks: see `Decoder.__call__`.
+      looks_up: whether drafts are looked up.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: nnx.State[Any, Any],
+        prompts: Sequence[Sequence[int]],
+        *,
+        slots: int,
+        size: int,
+        dtype: DTypeLike,
+        max_new_tokens: int,
+        sampling: Sampling,
+        neuron_masks: tuple[ArrayLike, ...] | None,
+        looks_up: bool,
+    ) -> None:
+        self._config, self._params, self._prompts = config, params, prompts
+        self._max_new_tokens, self._sampling, self._masks = max_new_tokens, sampling, neuron_masks
+        self._ends = ends_of(params)
+        self._slots = slots
+        self._layers = list(empty_cache(config, slots, size, dtype).layers)
+        self._slot_of_row = np.arange(slots)
+        # Of each row: the tokens in its cache, the last one, which is not, how many may follow, and whose they are.
+        self._lengths, self._token, self._remaining, self._numbers = np.zeros((4, slots), np.int32)
+        self._lookup = Lookup(slots) if looks_up else None
+
+    def admit(
+        self, prompts: KVCache, hidden: Array, slots: NDArray[np.int32], numbers: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """Puts a prompt into a slot, and chooses the token that follows it.
+
+        Args:
+          prompts: its keys and values.
+          hidden: `[1, D]`, the hidden state of its last token.
+          slots: `[1]`, the slot, which is free.
+          numbers: `[1]`, the number of the prompt.
+
+        Returns:
+          The chosen token `[1]`.
+        """
+        row = int(slots[0])  # prompts come before `decode` gives up rows
+        for n, layer in enumerate(prompts.layers):
+            self._layers[n] = fill_layer(self._layers[n], layer, np.int32(row))
+        prompt = np.asarray(self._prompts[numbers[0]], np.int32)
+        length = np.array([len(prompt)], np.int32)
+        chosen: NDArray[np.int32] = self._choose(hidden, numbers, length)[0]
+        self._lengths[row], self._numbers[row], self._remaining[row] = len(prompt), numbers[0], self._max_new_tokens
+        if self._lookup:
+            self._lookup.begin(row, prompt)
+        self._add(row, chosen, None)
+        return chosen
+
+    def decode(self, *, is_last: bool) -> NDArray[np.int32]:
+        """Runs the model once.
+
+        Args:
+          is_last: no prompt waits: slots that are free, or will be, are not filled again.
+
+        Returns:
+          The new tokens of each slot `[slots, n]`, at least one where a sequence runs; -1 fills up.
+        """
+        running = np.flatnonzero(self._remaining)
+        if not len(running):
+            return np.full((self._slots, 1), -1, np.int32)
+        if is_last:
+            self._give_up_rows(running)
+            running = np.flatnonzero(self._remaining)
+        rows = len(self._remaining)
+        drafts = self._lookup.drafts(running) if self._lookup else {}
+        width = 1
+        if self._lookup and self._lookup.are_worth_it(drafts, len(running), rows):
+            width += DRAFT
+        tokens = np.zeros((rows, width), np.int32)
+        tokens[:, 0] = self._token
+        for row, draft in drafts.items():
+            tokens[row, 1:] = draft[: width - 1]
+        chosen = self._run(tokens)
+        out = np.full((self._slots, width), -1, np.int32)
+        for row in map(int, running):
+            right = tokens[row, 1:] == chosen[row, :-1] if row in drafts else np.zeros(0, bool)
+            new = chosen[row, : 1 + int(np.argmin(np.append(right, False)))]
+            self._lengths[row] += len(new)
+            new = self._add(row, new, drafts.get(row))
+            out[self._slot_of_row[row], : len(new)] = new
+        return out
+
+    def release(self, slot: int) -> None:
+        """Ends the sequence in a slot."""
+        row = self._slot_of_row == slot
+        self._lengths[row] = self._remaining[row] = 0
+
+    def _run(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Runs `tokens [rows, T]` behind what the rows hold. Returns what follows each, `[rows, T]`."""
+        lengths, numbers = self._lengths.copy(), self._numbers.copy()  # JAX may look at them later
+        cache = KVCache(tuple(self._layers), cast("Array", lengths))  # NumPy's array, which jit takes
+        hidden, new = run_layers(self._config, self._params, cache, tokens, None, None, self._masks)
+        for n, fresh in enumerate(new):
+            self._layers[n] = write_layer(self._layers[n], fresh, lengths)
+        return self._choose(hidden, numbers, lengths + 1)
+
+    def _choose(self, hidden: Array, numbers: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+        return np.asarray(follow(self._config, self._ends, hidden, self._sampling, numbers, positions))
+
+    def _add(self, row: int, new: NDArray[np.int32], draft: NDArray[np.int32] | None) -> NDArray[np.int32]:
+        """Adds tokens to a sequence, up to its end, and returns those."""
+        new = new[: self._remaining[row]]
+        ends = np.flatnonzero((new == NON_FINITE) | np.isin(new, self._sampling.eos_ids))
+        if len(ends):
+            new = new[: ends[0] + 1]
+        if self._lookup:
+            self._lookup.add(row, new, draft)
+        self._token[row] = new[-1]
+        self._remaining[row] = 0 if len(ends) else self._remaining[row] - len(new)
+        if not self._remaining[row]:
+            self._lengths[row] = 0  # not attended to any more
+        return new
+
+    def _give_up_rows(self, running: NDArray[np.intp]) -> None:
+        """Goes on with the fewest rows, a power of two, that the running sequences fit into."""
+        rows = 1 << (len(running) - 1).bit_length()
+        if rows == len(self._remaining):
+            return
+        kept = np.concatenate([running, np.flatnonzero(self._remaining == 0)])[:rows]
+        for n, layer in enumerate(self._layers):
+            self._layers[n] = take_rows(layer, kept)
+        self._slot_of_row, self._token = self._slot_of_row[kept], self._token[kept]
+        self._lengths, self._remaining = self._lengths[kept], self._remaining[kept]
+        self._numbers = self._numbers[kept]
+        if self._lookup:
+            self._lookup.keep(kept)
+
+
+def empty_cache(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> KVCache:
+    """A cache of `size` tokens a row, in parts unless it is long."""
+    part = max(PART, size // 4)
+    in_parts = size <= SLOTS_IN_PARTS and size % part == 0
+    return KVCache.empty(config, rows, size, dtype, part=part if in_parts else None)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def fill_layer(layer: LayerCache, prompt: LayerCache, row: ArrayLike) -> LayerCache:
+    """Copies a layer of a prompt, `[1, K, S, H]`, into a row of it; `layer` is donated."""
+
+    def put(part: Array, own: Array) -> Array:
+        own = to_tiles(own) if part.ndim == 5 else own
+        return jax.lax.dynamic_update_slice_in_dim(part, own, row, axis=0)
+
+    def fill(slots: Slots, own: Array) -> Slots:
+        if isinstance(slots, tuple):
+            return tuple(put(part, own[:, :, a:b]) for part, (a, b) in with_bounds(slots))
+        return put(slots, own[:, :, : slots.shape[2]])
+
+    k, v = (cast("Array", own) for own in prompt)  # of a prompt they are not in parts
+    return LayerCache(fill(layer.k, k), fill(layer.v, v))
+
+
+@jax.jit
+def take_rows(layer: LayerCache, rows: ArrayLike) -> LayerCache:
+    """Some rows of a layer."""
+    taken: LayerCache = jax.tree.map(lambda part: part[rows], layer)
+    return taken
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def follow(
+    config: ModelConfig, ends: Ends, hidden: Array, sampling: Sampling, numbers: ArrayLike, positions: ArrayLike
+) -> Array:
+    """What follows each of T tokens of a row.
+
+    Args:
+      config: of the model.
+      ends: its parameters that belong to no layer.
+      hidden: `[B, T, D]` after the final norm; `[B, D]` of one token.
+      sampling: how to choose.
+      numbers: `[B]` int32, the prompt of each row.
+      positions: `[B]` int32, where what follows the first token will stand.
+
+    Returns:
+      `[B, T]` int32; `NON_FINITE` where the logits are not finite.
+    """
+    B, D = *jnp.shape(numbers), hidden.shape[-1]
+    T = hidden.size // (B * D)
+    chex.assert_shape(positions, (B,))
+    every = jnp.asarray(positions)[:, None] + jnp.arange(T, dtype=jnp.int32)
+    logits = bind_ends(config, ends).logits(hidden.reshape(B * T, D))
+    return choose(logits, sampling, jnp.repeat(jnp.asarray(numbers), T), every.reshape(-1)).reshape(B, T)
