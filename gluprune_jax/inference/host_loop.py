@@ -5,7 +5,7 @@ beside what a CPU computes in it. So the host may decide between any two passes:
 
 - Drafts are checked where that pays (`gluprune_jax.inference.lookup`): a pass is of one token for each sequence, or of
   one and its draft.
-- When no prompt waits any more and half of the rows are free, the others go on in half as many.
+- When no prompt waits any more and half of the rows are free, the others go on without these.
 
 Which of the programs a pass takes depends on the tokens alone, so that a run gives the same bits every time.
 """
@@ -33,6 +33,9 @@ from gluprune_jax.models.config import ModelConfig
 # A slot of up to so many tokens lies in parts (see `gluprune_jax.models.attention`): four, or fewer of so many tokens.
 # In finer ones less would be read in vain, and the program would compile longer.
 SLOTS_IN_PARTS, PART = 4096, 256
+# Passes in which half of the rows are free before the others go on without these: about as long as it takes to compile
+# the programs for fewer rows.
+_PATIENCE = 16
 
 
 class HostLoop:
@@ -74,6 +77,7 @@ class HostLoop:
         # Of each row: the tokens in its cache, the last one, which is not, how many may follow, and whose they are.
         self._lengths, self._token, self._remaining, self._numbers = np.zeros((4, slots), np.int32)
         self._lookup = Lookup(slots) if looks_up else None
+        self._half_free = 0  # passes of late
 
     def admit(
         self, prompts: KVCache, hidden: Array, slots: NDArray[np.int32], numbers: NDArray[np.int32]
@@ -167,10 +171,12 @@ class HostLoop:
         return new
 
     def _give_up_rows(self, running: NDArray[np.intp]) -> None:
-        """Goes on with the fewest rows, a power of two, that the running sequences fit into."""
+        """Goes on with the fewest rows, a power of two, that the running sequences fit into; not at once."""
         rows = 1 << (len(running) - 1).bit_length()
-        if rows == len(self._remaining):
+        self._half_free = self._half_free + 1 if rows < len(self._remaining) else 0
+        if self._half_free <= _PATIENCE:
             return
+        self._half_free = 0
         kept = np.concatenate([running, np.flatnonzero(self._remaining == 0)])[:rows]
         for n, layer in enumerate(self._layers):
             self._layers[n] = take_rows(layer, kept)

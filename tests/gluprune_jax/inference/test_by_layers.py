@@ -64,7 +64,7 @@ def test_layer_by_layer_is_the_whole_decoder(name: str, is_masked: bool) -> None
     assert_equal(rows(*forest), whole_rows(*forest))
 
 
-@pytest.mark.parametrize("name", ["llama with biases", "gemma3", "smollm3", "granite", "phi3, long rows"])
+@pytest.mark.parametrize("name", ["llama with biases", "gemma3", "smollm3", "granite"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_host_decodes_what_the_device_does(name: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, and with drafts: prompts and answers are longer than a window, and repeat themselves."""
@@ -99,9 +99,9 @@ def test_a_deeper_model_needs_no_more_programs(tmp_path: Path) -> None:
         engine = Engine(model)
         with compiled() as programs:
             engine.loglikelihood([([1, 2, 3], [4]), ([5] * 30, [6, 7])])
-            engine.generate([[1, 2, 3], [4] * 9], max_new_tokens=20)
+            engine.generate([[1, 2, 3], [4] * 9], max_new_tokens=20, temperature=1)
         names = [name for name, _ in programs]
-        found[widths] = {name: names.count(name) for name in ("run_layer", "write_layer", "follow", "decode")}
+        found[widths] = {name: names.count(name) for name in ("run_layer", "follow", "decode")}
     one, deep, two = found.values()
     assert one == deep
     assert one["run_layer"] > 0

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gluprune_jax.inference import engine as engine_module
 from gluprune_jax.inference.engine import Engine, LogLikelihood, rolling_windows, score_tokens
 from gluprune_jax.inference.generation import generate
 from gluprune_jax.inference.host_loop import HostLoop
+from gluprune_jax.inference.lookup import DRAFT
 from gluprune_jax.inference.prefill import extend, whole_extend
 from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.decoder import Decoder
@@ -387,10 +389,10 @@ def test_a_model_that_computes_nothing_sensible_is_an_error(tmp_path: Path, valu
 def failing_above(real: Callable[..., Any], rows: int, error: Exception, size: Callable[..., int]) -> Any:
     """The function, which fails for batches of more than so many."""
 
-    def limited(*arguments: Any) -> Any:
+    def limited(*arguments: Any, **options: Any) -> Any:
         if size(*arguments) > rows:
             raise error
-        return real(*arguments)
+        return real(*arguments, **options)
 
     return limited
 
@@ -585,7 +587,7 @@ def test_bad_generation_is_refused(shallow: Decoder, prompts: Any, settings: dic
 def test_out_of_memory_halves_the_slots(
     shallow: Decoder, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited = failing_above(HostLoop.decode, 4, EXHAUSTED, lambda loop, **_: len(loop._remaining))
+    limited = failing_above(HostLoop.decode, 4, EXHAUSTED, lambda loop: len(loop._remaining))
     monkeypatch.setattr(HostLoop, "decode", limited)
     notes: list[str] = []
     assert Engine(shallow, note=notes.append).generate(PROMPTS, max_new_tokens=40) == plain
@@ -618,13 +620,25 @@ def test_a_handful_of_programs_serves_everything(tmp_path: Path) -> None:
     assert len(programs) <= 28, programs
     ours = [(name, shapes) for name, shapes in programs if hasattr(engine_module, name)]
     assert len(set(ours)) == len(ours), "compiled once each"
-    assert {"run_layer", "score_tokens", "whole_admit", "decode_layer", "end_step"} <= {name for name, _ in programs}
+    assert {"run_layer", "score_tokens", "fill_layer", "write_layer", "follow"} <= {name for name, _ in programs}
 
-    # Other lengths, counts, conditions and masks: nothing new, not even the small change of eager operations.
+    # Other lengths, counts, conditions and masks: nothing new, not even the small change of eager operations; but for
+    # decoding with other numbers of rows, or with drafts, to which only the tokens lead.
     second = Engine(model, neuron_masks=make_plan(score(model), prune_percent=30).masks(model.config))
     third = Engine(model, neuron_masks=(np.full(80, 0.5, np.float32),))
     with compiled() as more:
         mixed_workload(first, 1)
         mixed_workload(second, 2)
         third.loglikelihood(REQUESTS[:9])
+    assert {name for name, _ in more} <= {"take_rows", "begin", "run_layer", "finish", "write_layer", "follow"}
+    streams = {
+        re.findall(r"float32\[(\d+),(\d+),48\]\), ShapedArray\(int32", shapes)[0]
+        for name, shapes in more
+        if name == "run_layer"
+    }
+    assert streams <= {(str(rows), str(tokens)) for rows in (1, 2, 4, 8) for tokens in (1, 1 + DRAFT)}
+    with compiled() as more:
+        mixed_workload(second, 2)
+        mixed_workload(first, 1)
+        mixed_workload(first, 0)
     assert more == []

@@ -489,14 +489,15 @@ def exhaust(monkeypatch: pytest.MonkeyPatch, program: str, fails: Callable[[int]
         return
     for kind in (HostLoop, DeviceLoop):
 
-        def method(self: Any, *args: Any, original: Any = getattr(kind, program), **options: Any) -> Any:
+        def method(self: Any, *args: Any, original: Any, **options: Any) -> Any:
             held = self._layers if isinstance(self, HostLoop) else self._state
             if fails(jax.tree.leaves(held)[0].shape[0]):
                 jax.tree.map(lambda array: isinstance(array, jax.Array) and array.delete(), held)
                 raise error
             return original(self, *args, **options)
 
-        monkeypatch.setattr(kind, program, method)
+        whole = functools.partialmethod(method, original=getattr(kind, program))
+        monkeypatch.setattr(kind, program, whole)
 
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
