@@ -134,6 +134,8 @@ def generate(
                         slot_of[replica], number_of[replica] = fresh[replica]
                     chosen = loop.admit(prefill.cache, hidden, slot_of, number_of)
                     firsts |= {replica * slots + fresh[replica][0]: int(chosen[replica]) for replica in done}
+            if not waiting:
+                prefill.close()
             new = loop.decode(is_last=not waiting)
             for slot, number in list(running.items()):
                 added = [firsts[slot]] if slot in firsts else []
@@ -213,6 +215,10 @@ class _Prefill:
             if done := [replica for replica in now if not todo[replica]]:
                 yield done, last_hidden(hidden, np.maximum(counts - 1, 0))
             todo = {replica: parts for replica, parts in todo.items() if parts}
+
+    def close(self) -> None:
+        """Gives its memory back: no prompt is run any more."""
+        self.cache = self.cache._replace(layers=())
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from gluprune_jax.inference.by_layers import run_layer
 from gluprune_jax.inference.device_loop import STEPS_PER_CALL, DeviceLoop, admit, decode, empty_state, release
 from gluprune_jax.inference.generation import generate
 from gluprune_jax.inference.host_loop import HostLoop, empty_cache, fill_layer, follow, take_rows
+from gluprune_jax.inference.lookup import DRAFT
 from gluprune_jax.inference.prefill import append, extend
 from gluprune_jax.inference.sampling import Sampling, choose
 from gluprune_jax.models.cache import KVCache, write_layer
@@ -377,6 +378,85 @@ def test_a_stopped_sequence_leaves_its_slot(model: Decoder, expected: list[list[
     first = calls(loop)[0]
     assert stopped == [tokens[:first] for tokens in expected]
     assert progress == [first * n for n in range(1, 6)]
+
+
+# ------------------------------------------------------------------------------------------------------ one CPU
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and tokens of each pass on one CPU."""
+    shapes: list[tuple[int, int]] = []
+    run = HostLoop._run
+
+    def seen(self: HostLoop, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        shapes.append((tokens.shape[0], tokens.shape[1]))
+        return run(self, tokens)
+
+    monkeypatch.setattr(HostLoop, "_run", seen)
+    return shapes
+
+
+LONG = 150
+
+
+@pytest.fixture(scope="module")
+def looping(model: Decoder) -> Decoder:
+    """A model that repeats itself, because it hardly looks at more than the last token."""
+    forgetful = nnx.clone(model)
+    for layer in forgetful.layers:
+        layer.self_attn.o_proj[...] *= 0.02
+    return forgetful
+
+
+@pytest.fixture(scope="module")
+def repeated(looping: Decoder) -> list[list[int]]:
+    return generate(looping, PROMPTS, max_new_tokens=LONG, prompt_lookup=False)
+
+
+def test_drafts_do_not_change_the_result(
+    looping: Decoder, repeated: list[list[int]], passes: list[tuple[int, int]]
+) -> None:
+    assert generate(looping, PROMPTS, max_new_tokens=LONG) == repeated
+    if passes:  # not on devices
+        assert {tokens for _, tokens in passes} == {1, 1 + DRAFT}
+        assert len(passes) < LONG / 2
+
+
+@pytest.mark.parametrize("place", [10, 77, 140])
+def test_a_sequence_ends_within_a_draft(looping: Decoder, repeated: list[list[int]], place: int) -> None:
+    """At an end token that stands in the middle of what is repeated, or at the last token asked for."""
+    for row, tokens in enumerate(repeated):
+        end = tokens[place]
+        wanted = until(tokens, [end])
+        assert generate(looping, [PROMPTS[row]], max_new_tokens=LONG, eos_ids=[end]) == [wanted]
+        assert generate(looping, [PROMPTS[row]], max_new_tokens=place) == [tokens[:place]]
+
+
+def test_draws_are_made_one_by_one(model: Decoder, passes: list[tuple[int, int]]) -> None:
+    generate(model, [[1, 2] * 20], max_new_tokens=STEPS, temperature=0.1)
+    assert {tokens for _, tokens in passes} <= {1}
+
+
+def test_rows_that_nothing_waits_for_are_given_up(
+    looping: Decoder, repeated: list[list[int]], passes: list[tuple[int, int]], loop: str
+) -> None:
+    """Answers of very different lengths: the last ones do not pay for the rows of the first ones."""
+    lengths = [10, 60, 40, 90, LONG]
+    ends = {tuple(tokens[:length]) for tokens, length in zip(repeated, lengths, strict=True)}
+
+    def should_stop(tokens: Sequence[int]) -> bool:
+        return tuple(tokens) in ends
+
+    options: dict[str, Any] = {"max_new_tokens": LONG, "should_stop": should_stop, "prompt_lookup": False}
+    found = generate(looping, PROMPTS, slots=8, **options)
+    assert all(tokens == whole[: len(tokens)] for tokens, whole in zip(found, repeated, strict=True))
+    if loop == "host":
+        assert list(map(len, found)) == lengths
+        rows = [count for count, _ in passes]
+        assert rows == sorted(rows, reverse=True)
+        assert set(rows) == {8, 4, 2, 1}
+        assert rows.count(1) > LONG // 5
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
