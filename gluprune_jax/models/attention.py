@@ -11,9 +11,7 @@ A cache is one array, whose blocks a loop visits, or several: *parts*, with keys
 block of a loop, which takes twice as long as the products with it; a part it reads where it lies.
 """
 
-import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import chex
@@ -227,7 +225,7 @@ def _over_cache(
 def _over_keys(how: _Scores, softmax: _Softmax, q: Array, k: Array, v: Array, visible: Array) -> _Softmax:
     """Adds keys and values `[B, K, S, H]` to the softmax of `q [B, K, G, T, H]`; `visible [B, T, S]`."""
     scores = jnp.einsum("bkqh,bksh->bkqs", _merged(q), k, preferred_element_type=jnp.float32)
-    return _accumulate(how, softmax, scores, functools.partial(_weighted, v), visible)
+    return _accumulate(how, softmax, scores, v, visible)
 
 
 def _over_parts(
@@ -241,26 +239,24 @@ def _over_parts(
     end: Array,
 ) -> _Softmax:
     """Adds a cache in parts, of which slots before `first` and from `end` on are visible to no query."""
-    B, K, Q, H = _merged(q).shape
-    bounds = list(itertools.pairwise(itertools.accumulate((part.shape[2] for part in v), initial=0)))
+    merged = _merged(q)
+    B, K, Q, H = merged.shape
 
-    def where_needed(i: int, function: Callable[..., Array], *operands: Array) -> Array:
-        needed = (bounds[i][0] < end) & (first < bounds[i][1])
-        shape = jax.eval_shape(function, *operands)
-        result: Array = jax.lax.cond(needed, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *operands)
-        return result
-
-    def score(tiles: Array) -> Array:
+    def add(softmax: _Softmax, tiles: Array, part: Array, visible: Array) -> _Softmax:
         # Not "bkqnt": XLA's fast product of matrices takes no other order of axes than that of its operands.
-        each = jnp.broadcast_to(_merged(q)[:, :, None], (B, K, tiles.shape[2], Q, H))
-        return jnp.einsum("bknqh,bknht->bknqt", each, tiles, preferred_element_type=jnp.float32)
+        each = jnp.broadcast_to(merged[:, :, None], (B, K, tiles.shape[2], Q, H))
+        scores = jnp.einsum("bknqh,bknht->bknqt", each, tiles, preferred_element_type=jnp.float32)
+        scores = scores.swapaxes(2, 3).reshape(B, K, Q, -1)
+        return _accumulate(how, softmax, scores, part, visible)
 
-    def weighted(weights: Array) -> Array:
-        parts = (where_needed(i, _weighted, part, weights[..., slice(*bounds[i])]) for i, part in enumerate(v))
-        return functools.reduce(jnp.add, parts)
-
-    scores = jnp.concatenate([where_needed(i, score, part) for i, part in enumerate(k)], axis=2)
-    return _accumulate(how, softmax, scores.swapaxes(2, 3).reshape(B, K, Q, -1), weighted, visible)
+    start = 0
+    for tiles, part in zip(k, v, strict=True):
+        stop = start + part.shape[2]
+        needed = (start < end) & (first < stop)
+        operands = softmax, tiles, part, visible[..., start:stop]
+        softmax = jax.lax.cond(needed, add, lambda softmax, *_: softmax, *operands)
+        start = stop
+    return softmax
 
 
 def _merged(q: Array) -> Array:
@@ -268,15 +264,8 @@ def _merged(q: Array) -> Array:
     return q.reshape(*q.shape[:2], -1, q.shape[-1])
 
 
-def _weighted(v: Array, weights: Array) -> Array:
-    """Values `[B, K, S, H]` weighted by `[B, K, Q, S]`."""
-    return jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-
-
-def _accumulate(
-    how: _Scores, softmax: _Softmax, scores: Array, weighted: Callable[[Array], Array], visible: Array
-) -> _Softmax:
-    """Adds keys with `scores [B, K, G * T, S]` to a softmax, and by their weights their values; `visible [B, T, S]`."""
+def _accumulate(how: _Scores, softmax: _Softmax, scores: Array, v: Array, visible: Array) -> _Softmax:
+    """Adds keys with `scores [B, K, G * T, S]` and values `[B, K, S, H]` to a softmax; `visible [B, T, S]`."""
     old_largest, total, out = softmax
     B, K, G, T, _ = out.shape
     scores = (scores * how.scale).reshape(B, K, G, T, -1)
@@ -287,5 +276,6 @@ def _accumulate(
     weights = jnp.exp(scores - largest[..., None])
     scale = jnp.exp(old_largest - largest)
     total = total * scale + jnp.sum(weights, axis=-1)
-    added = weighted(weights.reshape(B, K, G * T, -1)).reshape(out.shape)
+    weights = weights.reshape(B, K, G * T, -1).astype(v.dtype)
+    added = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32).reshape(out.shape)
     return largest, total, out * scale[..., None] + added
