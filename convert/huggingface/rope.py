@@ -178,8 +178,9 @@ def _rope(
         raise RequestError(f"{where} has {_PARTIAL} {shown(partial)}; supported is 1")
     rotary_dim = int(head_dim * partial)
     expected = {"rope_type", "type", "rope_theta", _PARTIAL, *_PARAMETERS[meant]}
-    # One that no RoPE type has means nothing, unless it holds the parameters of a layer type.
-    if unknown := sorted(k for k in rope.keys() - expected if k in keys or isinstance(rope[k], Mapping)):
+    # One that no RoPE type has means nothing, unless it holds the parameters of a layer type, or should.
+    layers = {name for name in family.thetas if rope.get(name) is not None}
+    if unknown := sorted(k for k in rope.keys() - expected if k in keys | layers or isinstance(rope[k], Mapping)):
         raise RequestError(f"{where} has keys that rope_type {kind!r} does not: {listed([named(k) for k in unknown])}")
     return Rope(
         theta=theta,

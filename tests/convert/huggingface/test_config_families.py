@@ -186,6 +186,13 @@ def test_flat_rope_parameters_where_they_should_be_nested() -> None:
         read_config(tiny("gemma3_text", **flat))
 
 
+@pytest.mark.parametrize("kind", [FULL, SLIDING])
+@pytest.mark.parametrize("value", [True, 5, "linear", {"rope_type": "linear", "factor": 2.0}])
+def test_layer_types_within_rope_scaling(kind: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"rope_scaling has keys that rope_type 'default' does not: {kind}"):
+        read_config(tiny("gemma3_text", rope_scaling={kind: value}))
+
+
 def test_the_old_base_of_olmo3_is_that_of_all_layers() -> None:
     config, rest = read_config(tiny("olmo3", rope_theta=2000.0))
     assert {layer.rope.theta for layer in config.attention if layer.rope} == {2000.0}
