@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
+from gluprune_jax.inference.decoding import Decoding
 from gluprune_jax.inference.sampling import NON_FINITE, Sampling, choose
 from gluprune_jax.models.attention import Slots
 from gluprune_jax.models.cache import KVCache, LayerCache, per_cache_row, write_layer
@@ -29,48 +30,27 @@ STEPS_PER_CALL = 16
 
 
 class DeviceLoop:
-    """Sequences that are decoded together.
+    """Sequences that are decoded together."""
 
-    Args:
-      config: of the model.
-      params: of the model.
-      slots: sequences at the same time; an equal share, in order, belongs to each replica.
-      size: of the cache of each: `gluprune_jax.inference.generation.slots_for`.
-      dtype: of keys and values.
-      max_new_tokens: of each prompt.
-      sampling: how tokens are chosen.
-      neuron_masks: see `Decoder.__call__`.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: nnx.State[Any, Any],
-        *,
-        slots: int,
-        size: int,
-        dtype: DTypeLike,
-        max_new_tokens: int,
-        sampling: Sampling,
-        neuron_masks: tuple[ArrayLike, ...] | None,
-    ) -> None:
-        self._config, self._params = config, params
-        self._limit, self._sampling, self._masks = np.int32(max_new_tokens), sampling, neuron_masks
-        self._state = empty_state(config, slots, size, dtype)
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+        self._state = empty_state(decoding.config, decoding.slots, decoding.size, decoding.dtype)
 
     def admit(
         self, prompts: KVCache, hidden: Array, slots: NDArray[np.int32], numbers: NDArray[np.int32]
     ) -> NDArray[np.int32]:
         """Puts prompts into slots: see `admit`. Returns the chosen tokens `[R]`."""
+        how, limit = self._decoding, np.int32(self._decoding.max_new_tokens)
         self._state, token = admit(
-            self._config, self._params, self._state, prompts, hidden, slots, numbers, self._limit, self._sampling
+            how.config, how.params, self._state, prompts, hidden, slots, numbers, limit, how.sampling
         )
         return np.asarray(token)
 
     def decode(self, *, is_last: bool) -> NDArray[np.int32]:
         """The next `STEPS_PER_CALL` tokens of each slot, fewer where a sequence ends; -1 fills up."""
         del is_last  # all slots are computed anyway
-        self._state, recent, out = decode(self._config, self._params, self._state, self._sampling, self._masks)
+        how = self._decoding
+        self._state, recent, out = decode(how.config, how.params, self._state, how.sampling, how.neuron_masks)
         self._state = store(self._state, recent)
         return np.asarray(out)
 

@@ -30,6 +30,7 @@ from jax.typing import ArrayLike
 
 from gluprune_jax.errors import OperationError, RequestError, is_out_of_memory
 from gluprune_jax.inference.by_layers import runs_by_layers
+from gluprune_jax.inference.decoding import Decoding
 from gluprune_jax.inference.device_loop import STEPS_PER_CALL, DeviceLoop
 from gluprune_jax.inference.host_loop import HostLoop
 from gluprune_jax.inference.prefill import CHUNKS, Chunk, append, cache_slots, chunks, extend
@@ -108,14 +109,15 @@ def generate(
         """Decodes with so many slots in each replica."""
         nonlocal total
         size = slots_for(longest + max_new_tokens)
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "neuron_masks": neuron_masks}
-        how |= {"slots": replicas * slots, "size": size, "dtype": dtype}
+        decoding = Decoding(
+            config, params, replicas * slots, size, dtype, max_new_tokens, sampling=sampling, neuron_masks=neuron_masks
+        )
         loop: DeviceLoop | HostLoop
         if runs_by_layers():
             # To draw from many logits takes too long to draw for drafts in vain.
-            loop = HostLoop(config, params, prompts, looks_up=prompt_lookup and not temperature, **how)
+            loop = HostLoop(decoding, prompts, looks_up=prompt_lookup and sampling.temperature is None)
         else:
-            loop = DeviceLoop(config, params, **how)
+            loop = DeviceLoop(decoding)
         prefill = _Prefill(config, params, KVCache.empty(config, replicas, cache_slots(longest), dtype), mesh)
         while waiting or running:
             firsts: dict[int, int] = {}

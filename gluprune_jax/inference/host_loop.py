@@ -12,22 +12,22 @@ Which of the programs a pass takes depends on the tokens alone, so that a run gi
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
 from gluprune_jax.inference.by_layers import Ends, bind_ends, ends_of, run_layers
+from gluprune_jax.inference.decoding import Decoding
 from gluprune_jax.inference.lookup import DRAFT, Lookup
 from gluprune_jax.inference.sampling import NON_FINITE, Sampling, choose
 from gluprune_jax.models.attention import Slots
-from gluprune_jax.models.cache import KVCache, LayerCache, to_tiles, with_bounds, write_layer
+from gluprune_jax.models.cache import KVCache, LayerCache, to_tiles, with_bounds, write_layer, write_part
 from gluprune_jax.models.config import ModelConfig
 
 # A slot of up to so many tokens lies in parts (see `gluprune_jax.models.attention`): four, or fewer of so many tokens.
@@ -42,37 +42,16 @@ class HostLoop:
     """Sequences that are decoded together.
 
     Args:
-      config: of the model.
-      params: of the model.
+      decoding: the model, and how to decode.
       prompts: token ids of all prompts.
-      slots: sequences at the same time.
-      size: of the cache of each: `gluprune_jax.inference.generation.slots_for`.
-      dtype: of keys and values.
-      max_new_tokens: of each prompt.
-      sampling: how tokens are chosen.
-      neuron_masks: see `Decoder.__call__`.
       looks_up: whether drafts are looked up.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: nnx.State[Any, Any],
-        prompts: Sequence[Sequence[int]],
-        *,
-        slots: int,
-        size: int,
-        dtype: DTypeLike,
-        max_new_tokens: int,
-        sampling: Sampling,
-        neuron_masks: tuple[ArrayLike, ...] | None,
-        looks_up: bool,
-    ) -> None:
-        self._config, self._params, self._prompts = config, params, prompts
-        self._max_new_tokens, self._sampling, self._masks = max_new_tokens, sampling, neuron_masks
-        self._ends = ends_of(params)
-        self._slots = slots
-        self._layers = list(empty_cache(config, slots, size, dtype).layers)
+    def __init__(self, decoding: Decoding, prompts: Sequence[Sequence[int]], *, looks_up: bool) -> None:
+        self._decoding, self._prompts = decoding, prompts
+        self._ends = ends_of(decoding.params)
+        slots = decoding.slots
+        self._layers = list(empty_cache(decoding.config, slots, decoding.size, decoding.dtype).layers)
         self._slot_of_row = np.arange(slots)
         # Of each row: the tokens in its cache, the last one, which is not, how many may follow, and whose they are.
         self._lengths, self._token, self._remaining, self._numbers = np.zeros((4, slots), np.int32)
@@ -99,7 +78,8 @@ class HostLoop:
         prompt = np.asarray(self._prompts[numbers[0]], np.int32)
         length = np.array([len(prompt)], np.int32)
         chosen: NDArray[np.int32] = self._choose(hidden, numbers, length)[0]
-        self._lengths[row], self._numbers[row], self._remaining[row] = len(prompt), numbers[0], self._max_new_tokens
+        self._lengths[row], self._numbers[row] = len(prompt), numbers[0]
+        self._remaining[row] = self._decoding.max_new_tokens
         if self._lookup:
             self._lookup.begin(row, prompt)
         self._add(row, chosen, None)
@@ -116,7 +96,7 @@ class HostLoop:
         """
         running = np.flatnonzero(self._remaining)
         if not len(running):
-            return np.full((self._slots, 1), -1, np.int32)
+            return np.full((self._decoding.slots, 1), -1, np.int32)
         if is_last:
             self._give_up_rows(running)
             running = np.flatnonzero(self._remaining)
@@ -130,7 +110,7 @@ class HostLoop:
         for row, draft in drafts.items():
             tokens[row, 1:] = draft[: width - 1]
         chosen = self._run(tokens)
-        out = np.full((self._slots, width), -1, np.int32)
+        out = np.full((self._decoding.slots, width), -1, np.int32)
         for row in map(int, running):
             right = tokens[row, 1:] == chosen[row, :-1] if row in drafts else np.zeros(0, bool)
             new = chosen[row, : 1 + int(np.argmin(np.append(right, False)))]
@@ -146,20 +126,23 @@ class HostLoop:
 
     def _run(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """Runs `tokens [rows, T]` behind what the rows hold. Returns what follows each, `[rows, T]`."""
+        how = self._decoding
         lengths, numbers = self._lengths.copy(), self._numbers.copy()  # JAX may look at them later
         cache = KVCache(tuple(self._layers), cast("Array", lengths))  # NumPy's array, which jit takes
-        hidden, new = run_layers(self._config, self._params, cache, tokens, None, None, self._masks)
+        hidden, new = run_layers(how.config, how.params, cache, tokens, None, None, how.neuron_masks)
+        behind = np.where(self._remaining > 0, lengths, self._decoding.size).astype(np.int32)  # of free rows, nowhere
         for n, fresh in enumerate(new):
-            self._layers[n] = write_layer(self._layers[n], fresh, lengths)
+            self._layers[n] = write(self._layers[n], fresh, behind)
         return self._choose(hidden, numbers, lengths + 1)
 
     def _choose(self, hidden: Array, numbers: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
-        return np.asarray(follow(self._config, self._ends, hidden, self._sampling, numbers, positions))
+        how = self._decoding
+        return np.asarray(follow(how.config, self._ends, hidden, how.sampling, numbers, positions))
 
     def _add(self, row: int, new: NDArray[np.int32], draft: NDArray[np.int32] | None) -> NDArray[np.int32]:
         """Adds tokens to a sequence, up to its end, and returns those."""
         new = new[: self._remaining[row]]
-        ends = np.flatnonzero((new == NON_FINITE) | np.isin(new, self._sampling.eos_ids))
+        ends = np.flatnonzero((new == NON_FINITE) | np.isin(new, self._decoding.sampling.eos_ids))
         if len(ends):
             new = new[: ends[0] + 1]
         if self._lookup:
@@ -192,6 +175,20 @@ def empty_cache(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> 
     part = max(PART, size // 4)
     in_parts = size <= SLOTS_IN_PARTS and size % part == 0
     return KVCache.empty(config, rows, size, dtype, part=part if in_parts else None)
+
+
+def write(layer: LayerCache, new: LayerCache, first: NDArray[np.int32]) -> LayerCache:
+    """`write_layer`, and of a layer in parts, into those that a row reaches: a program of one part serves all."""
+    k, v = layer
+    if not (isinstance(k, tuple) and isinstance(v, tuple)):
+        written: LayerCache = write_layer(layer, new, first)
+        return written
+    last = first + jax.tree.leaves(new)[0].shape[2] - 1
+    keys, values = list(k), list(v)
+    for i, (_, (start, end)) in enumerate(with_bounds(v)):
+        if ((first < end) & (last >= start)).any():
+            keys[i], values[i] = write_part((keys[i], values[i]), new, first - np.int32(start))
+    return LayerCache(tuple(keys), tuple(values))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

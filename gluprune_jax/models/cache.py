@@ -123,12 +123,20 @@ def write_layer(layer: LayerCache, new: LayerCache, first: ArrayLike) -> LayerCa
 
 
 def _write(slots: Slots, fresh: Array, first: Array) -> Slots:
-    if isinstance(slots, tuple):
-        return tuple(_write_part(part, fresh, first - start) for part, (start, _) in with_bounds(slots))
+    assert not isinstance(slots, tuple), "parts are written by `write_part`"
     fresh = fresh.astype(slots.dtype)
     if slots.shape[0] == 1:
         return jax.lax.dynamic_update_slice_in_dim(slots, fresh, first[0], axis=2)
     return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, first)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_part(part: tuple[Array, Array], new: LayerCache, first: ArrayLike) -> tuple[Array, Array]:
+    """`write_layer` of a part's keys and values, which are donated; tokens in front of it or behind it are left out."""
+    k, v = (
+        _write_part(slots, cast("Array", fresh), jnp.asarray(first)) for slots, fresh in zip(part, new, strict=True)
+    )
+    return k, v
 
 
 def _write_part(part: Array, fresh: Array, first: Array) -> Array:

@@ -14,8 +14,8 @@ It gives `[F]` float32 scores, higher is more important. Those that look at noth
 calibration; `ppm` is the Peak-to-Peak Magnitude of "Fragile Knowledge, Robust Instruction-Following: The Width Pruning
 Dichotomy in Llama-3.2" (arXiv 2512.22671), and `vow`, `pon` and `l2` are those that it is compared with there.
 
-A criterion of one's own is another such function: an entry in `CRITERIA`, an argument of `scores.score`, or
-package.module:function in place of a name.
+A criterion of one's own is another such function: an entry in `CRITERIA` under a new name, an argument of
+`scores.score`, or package.module:function in place of a name.
 
 Sums over D are a fixed pairwise tree and every product in them is rounded before it is added, so a score has the
 same bits however the neurons are sharded or chunked.
