@@ -19,20 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from gluprune_jax.inference.by_layers import Ends, bind_ends, ends_of, run_layers
 from gluprune_jax.inference.decoding import Decoding
+from gluprune_jax.inference.host_cache import HostCache
 from gluprune_jax.inference.lookup import DRAFT, Lookup
 from gluprune_jax.inference.sampling import NON_FINITE, Sampling, choose
-from gluprune_jax.models.attention import Slots
-from gluprune_jax.models.cache import KVCache, LayerCache, to_tiles, with_bounds, write_layer, write_part
+from gluprune_jax.models.cache import KVCache
 from gluprune_jax.models.config import ModelConfig
 
-# A slot of up to so many tokens lies in parts (see `gluprune_jax.models.attention`): four, or fewer of so many tokens.
-# In finer ones less would be read in vain, and the program would compile longer.
-SLOTS_IN_PARTS, PART = 4096, 256
 # Passes in which half of the rows are free before the others go on without these: about as long as it takes to compile
 # the programs for fewer rows.
 _PATIENCE = 16
@@ -51,7 +48,7 @@ class HostLoop:
         self._decoding, self._prompts = decoding, prompts
         self._ends = ends_of(decoding.params)
         slots = decoding.slots
-        self._layers = list(empty_cache(decoding.config, slots, decoding.size, decoding.dtype).layers)
+        self._cache = HostCache(decoding.config, slots, decoding.size, decoding.dtype)
         self._slot_of_row = np.arange(slots)
         # Of each row: the tokens in its cache, the last one, which is not, how many may follow, and whose they are.
         self._lengths, self._token, self._remaining, self._numbers = np.zeros((4, slots), np.int32)
@@ -73,9 +70,8 @@ class HostLoop:
           The chosen token `[1]`.
         """
         row = int(slots[0])  # prompts come before `decode` gives up rows
-        for n, layer in enumerate(prompts.layers):
-            self._layers[n] = fill_layer(self._layers[n], layer, np.int32(row))
         prompt = np.asarray(self._prompts[numbers[0]], np.int32)
+        self._cache.fill(row, prompts.layers, len(prompt))
         length = np.array([len(prompt)], np.int32)
         chosen: NDArray[np.int32] = self._choose(hidden, numbers, length)[0]
         self._lengths[row], self._numbers[row] = len(prompt), numbers[0]
@@ -128,11 +124,9 @@ class HostLoop:
         """Runs `tokens [rows, T]` behind what the rows hold. Returns what follows each, `[rows, T]`."""
         how = self._decoding
         lengths, numbers = self._lengths.copy(), self._numbers.copy()  # JAX may look at them later
-        cache = KVCache(tuple(self._layers), cast("Array", lengths))  # NumPy's array, which jit takes
+        cache = KVCache(self._cache.layers, cast("Array", lengths))  # NumPy's array, which jit takes
         hidden, new = run_layers(how.config, how.params, cache, tokens, None, None, how.neuron_masks)
-        behind = np.where(self._remaining > 0, lengths, self._decoding.size).astype(np.int32)  # of free rows, nowhere
-        for n, fresh in enumerate(new):
-            self._layers[n] = write(self._layers[n], fresh, behind)
+        self._cache.write(new, np.where(self._remaining > 0, lengths, self._cache.size).astype(np.int32))
         return self._choose(hidden, numbers, lengths + 1)
 
     def _choose(self, hidden: Array, numbers: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -161,58 +155,12 @@ class HostLoop:
             return
         self._half_free = 0
         kept = np.concatenate([running, np.flatnonzero(self._remaining == 0)])[:rows]
-        for n, layer in enumerate(self._layers):
-            self._layers[n] = take_rows(layer, kept)
+        self._cache.keep(kept, int(self._lengths.max()))
         self._slot_of_row, self._token = self._slot_of_row[kept], self._token[kept]
         self._lengths, self._remaining = self._lengths[kept], self._remaining[kept]
         self._numbers = self._numbers[kept]
         if self._lookup:
             self._lookup.keep(kept)
-
-
-def empty_cache(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> KVCache:
-    """A cache of `size` tokens a row, in parts unless it is long."""
-    part = max(PART, size // 4)
-    in_parts = size <= SLOTS_IN_PARTS and size % part == 0
-    return KVCache.empty(config, rows, size, dtype, part=part if in_parts else None)
-
-
-def write(layer: LayerCache, new: LayerCache, first: NDArray[np.int32]) -> LayerCache:
-    """`write_layer`, and of a layer in parts, into those that a row reaches: a program of one part serves all."""
-    k, v = layer
-    if not (isinstance(k, tuple) and isinstance(v, tuple)):
-        written: LayerCache = write_layer(layer, new, first)
-        return written
-    last = first + jax.tree.leaves(new)[0].shape[2] - 1
-    keys, values = list(k), list(v)
-    for i, (_, (start, end)) in enumerate(with_bounds(v)):
-        if ((first < end) & (last >= start)).any():
-            keys[i], values[i] = write_part((keys[i], values[i]), new, first - np.int32(start))
-    return LayerCache(tuple(keys), tuple(values))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def fill_layer(layer: LayerCache, prompt: LayerCache, row: ArrayLike) -> LayerCache:
-    """Copies a layer of a prompt, `[1, K, S, H]`, into a row of it; `layer` is donated."""
-
-    def put(part: Array, own: Array) -> Array:
-        own = to_tiles(own) if part.ndim == 5 else own
-        return jax.lax.dynamic_update_slice_in_dim(part, own, row, axis=0)
-
-    def fill(slots: Slots, own: Array) -> Slots:
-        if isinstance(slots, tuple):
-            return tuple(put(part, own[:, :, a:b]) for part, (a, b) in with_bounds(slots))
-        return put(slots, own[:, :, : slots.shape[2]])
-
-    k, v = (cast("Array", own) for own in prompt)  # of a prompt they are not in parts
-    return LayerCache(fill(layer.k, k), fill(layer.v, v))
-
-
-@jax.jit
-def take_rows(layer: LayerCache, rows: ArrayLike) -> LayerCache:
-    """Some rows of a layer."""
-    taken: LayerCache = jax.tree.map(lambda part: part[rows], layer)
-    return taken
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,7 +1,7 @@
 """The KV cache."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import chex
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
-from gluprune_jax.models.attention import KEY_BLOCK, KEY_TILE, Slots
+from gluprune_jax.models.attention import KEY_BLOCK, Slots
 from gluprune_jax.models.config import ModelConfig
 from gluprune_jax.parallel.sharding import CACHE_AXES, RULES, constrain, per_shard
 
@@ -45,9 +45,7 @@ class KVCache(NamedTuple):
     lengths: Array
 
     @classmethod
-    def empty(
-        cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, *, part: int | None = None
-    ) -> "KVCache":
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
         """A zeroed cache of `slots` a row; a multiple of `attention.KEY_BLOCK`, or less than that.
 
         Args:
@@ -55,11 +53,10 @@ class KVCache(NamedTuple):
           batch: rows.
           slots: of each row.
           dtype: of keys and values.
-          part: slots of each part, a multiple of `attention.KEY_TILE` that divides `slots`; None for one array.
         """
         if slots > KEY_BLOCK and slots % KEY_BLOCK:
             raise ValueError(f"a cache of {slots} slots; above {KEY_BLOCK} it must be a multiple of it")
-        empty: KVCache = _zeroed_cache(config, batch, slots, jnp.dtype(dtype), part)
+        empty: KVCache = _zeroed_cache(config, batch, slots, jnp.dtype(dtype))
         return empty
 
     def holding(self, lengths: NDArray[np.int32]) -> "KVCache":
@@ -80,37 +77,15 @@ class KVCache(NamedTuple):
         return KVCache(layers, constrain(self.lengths + jnp.asarray(counts)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _zeroed_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, part: int | None) -> KVCache:
-    shape = (batch, config.num_key_value_heads, part or slots, config.head_dim)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zeroed_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
 
     def zeros() -> Array:
         return constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
 
-    def layer() -> LayerCache:
-        if part is None:
-            return LayerCache(zeros(), zeros())
-        parts = range(slots // part)
-        return LayerCache(tuple(to_tiles(zeros()) for _ in parts), tuple(zeros() for _ in parts))
-
-    layers = tuple(layer() for _ in range(config.num_hidden_layers))
+    layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers))
     return KVCache(layers, constrain(jnp.zeros((batch,), jnp.int32)))
-
-
-def to_tiles(keys: Array) -> Array:
-    """Keys `[B, K, S, H]` as those of a part are laid out, `[B, K, S / t, H, t]`."""
-    B, K, S, H = keys.shape
-    chex.assert_is_divisible(S, KEY_TILE)
-    return keys.reshape(B, K, S // KEY_TILE, KEY_TILE, H).swapaxes(3, 4)
-
-
-def with_bounds(parts: tuple[Array, ...]) -> Iterator[tuple[Array, tuple[int, int]]]:
-    """Parts of keys or values, each with the first of its slots and the one behind its last."""
-    start = 0
-    for part in parts:
-        end = start + part.shape[2] * (KEY_TILE if part.ndim == 5 else 1)
-        yield part, (start, end)
-        start = end
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -123,30 +98,11 @@ def write_layer(layer: LayerCache, new: LayerCache, first: ArrayLike) -> LayerCa
 
 
 def _write(slots: Slots, fresh: Array, first: Array) -> Slots:
-    assert not isinstance(slots, tuple), "parts are written by `write_part`"
+    assert not isinstance(slots, tuple), "parts are for one CPU"
     fresh = fresh.astype(slots.dtype)
     if slots.shape[0] == 1:
         return jax.lax.dynamic_update_slice_in_dim(slots, fresh, first[0], axis=2)
     return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots, fresh, first)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def write_part(part: tuple[Array, Array], new: LayerCache, first: ArrayLike) -> tuple[Array, Array]:
-    """`write_layer` of a part's keys and values, which are donated; tokens in front of it or behind it are left out."""
-    k, v = (
-        _write_part(slots, cast("Array", fresh), jnp.asarray(first)) for slots, fresh in zip(part, new, strict=True)
-    )
-    return k, v
-
-
-def _write_part(part: Array, fresh: Array, first: Array) -> Array:
-    """Writes `fresh [B, K, T, H]` into a part from the slots `first [B]` on, leaving out what lies outside of it."""
-    at = first[:, None] + jnp.arange(fresh.shape[2])
-    at = jnp.where(at < 0, np.iinfo(np.int32).max, at)  # negative indices would count from the end
-    rows, fresh = jnp.arange(part.shape[0])[:, None], fresh.swapaxes(1, 2).astype(part.dtype)
-    if part.ndim == 5:
-        return part.at[rows, :, at // KEY_TILE, :, at % KEY_TILE].set(fresh, mode="drop")
-    return part.at[rows, :, at].set(fresh, mode="drop")
 
 
 def per_cache_row(

@@ -21,10 +21,11 @@ from gluprune_jax.inference import generation
 from gluprune_jax.inference.by_layers import run_layer
 from gluprune_jax.inference.device_loop import STEPS_PER_CALL, DeviceLoop, admit, decode, release
 from gluprune_jax.inference.generation import generate
-from gluprune_jax.inference.host_loop import HostLoop, empty_cache, fill_layer, follow, take_rows
+from gluprune_jax.inference.host_cache import HostCache, empty_part, fill_part, take_rows, write_part
+from gluprune_jax.inference.host_loop import HostLoop, follow
 from gluprune_jax.inference.lookup import DRAFT
 from gluprune_jax.inference.prefill import append, cache_slots, extend
-from gluprune_jax.models.cache import write_layer, write_part
+from gluprune_jax.models.cache import write_layer
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.pruning.plan import make_plan
 from gluprune_jax.pruning.scores import score
@@ -134,7 +135,7 @@ def test_masks_decode_as_the_sliced_model(model: Decoder) -> None:
     assert masked != generate(model, PROMPTS, max_new_tokens=STEPS)
 
 
-HOST_PROGRAMS = (run_layer, append, fill_layer, write_part, take_rows, follow)
+HOST_PROGRAMS = (run_layer, append, empty_part, fill_part, write_part, take_rows, follow)
 DEVICE_PROGRAMS = (run_layer, append, admit, decode, write_layer, release)
 
 
@@ -179,7 +180,7 @@ def test_a_cache_has_few_slots_more_than_are_needed(model: Decoder) -> None:
     for longest in (1, 496, 497, 512, 900, 1546, 2032):
         needed, slots = longest + STEPS_PER_CALL, generation.slots_for(longest)
         assert needed <= slots < max(513, needed + 256)
-        keys = empty_cache(model.config, 1, slots, np.dtype(np.float32)).layers[0].k
+        keys = HostCache(model.config, 1, slots, jnp.float32).layers[0].k
         assert len(keys) == min(4, slots // 256)
     assert generation.slots_for(2033) == 4096  # longer ones have fewer sizes
 
@@ -505,7 +506,7 @@ def exhaust(monkeypatch: pytest.MonkeyPatch, program: str, fails: Callable[[int]
     for kind in (HostLoop, DeviceLoop):
 
         def method(self: Any, *args: Any, original: Any, **options: Any) -> Any:
-            held = self._layers if isinstance(self, HostLoop) else self._state
+            held = self._cache.layers if isinstance(self, HostLoop) else self._state
             if fails(jax.tree.leaves(held)[0].shape[0]):
                 jax.tree.map(lambda array: isinstance(array, jax.Array) and array.delete(), held)
                 raise error
@@ -580,9 +581,10 @@ def test_prompts_need_no_memory_when_none_waits(long_model: Decoder) -> None:
     prompts = [[1, 2, 3], [4] * 600, [5, 6]]
     shape = (1, long_model.config.num_key_value_heads, cache_slots(600), long_model.config.head_dim)
     found: list[int] = []
+    before = [array for array in jax.live_arrays() if array.shape == shape]  # of other tests
 
     def look(_: int) -> None:
-        found.append(sum(array.shape == shape for array in jax.live_arrays()))
+        found.append(sum(array.shape == shape for array in jax.live_arrays()) - len(before))
 
     generate(long_model, prompts, max_new_tokens=STEPS, slots=2, on_tokens=look)
     layers = long_model.config.num_hidden_layers

@@ -20,11 +20,11 @@ from tiny_models import LLAMA3_ROPE, hf_config, hf_tensors, write_folder
 import convert
 from convert.huggingface.config import read_config
 from gluprune_jax.inference.device_loop import decode, empty_state
+from gluprune_jax.inference.host_cache import to_tiles
 from gluprune_jax.inference.prefill import whole_extend
 from gluprune_jax.inference.sampling import Sampling
 from gluprune_jax.models import attention
 from gluprune_jax.models.attention import KEY_BLOCK, MAX_UNBLOCKED_QUERIES, Visible, causal_attention
-from gluprune_jax.models.cache import to_tiles
 from gluprune_jax.models.config import LayerAttention, Llama3Rope, ModelConfig, Rope
 from gluprune_jax.models.decoder import Decoder
 from gluprune_jax.models.parameters import abstract_model, bind

@@ -322,28 +322,6 @@ def test_new_tokens_are_put_behind_those_of_their_row(model: Decoder, rows: int)
             np.testing.assert_array_equal(after[row, :, length : length + 5], fresh[row])
 
 
-@pytest.mark.parametrize("length", [0, 61, 64, 126])
-def test_new_tokens_may_begin_in_one_part_and_end_in_the_next(model: Decoder, length: int) -> None:
-    config, random = model.config, np.random.default_rng(4)
-    lengths = np.array([length, 70], np.int32)
-
-    def append_to(part: int | None, new: tuple[LayerCache, ...]) -> KVCache:
-        cache = KVCache.empty(config, 2, 192, jnp.float32, part=part).holding(lengths)
-        return jax.jit(KVCache.append)(cache, new, np.array([9, 4]))
-
-    shape = 2, config.num_key_value_heads, 9, config.head_dim
-    new = tuple(
-        LayerCache(*(jnp.asarray(random.standard_normal(shape), jnp.float32) for _ in "kv"))
-        for _ in range(config.num_hidden_layers)
-    )
-    whole, parted = append_to(None, new), append_to(64, new)
-    np.testing.assert_array_equal(whole.lengths, parted.lengths)
-    for expected, layer in zip(whole.layers, parted.layers, strict=True):
-        keys = np.concatenate([np.swapaxes(tiles, 3, 4)[:, :, 0] for tiles in layer.k], axis=2)
-        np.testing.assert_array_equal(keys, expected.k)
-        np.testing.assert_array_equal(np.concatenate(layer.v, axis=2), expected.v)
-
-
 def test_a_cache_may_be_cut_back(model: Decoder) -> None:
     """What lies behind is overwritten by another continuation."""
     run = functools.partial(append, *nnx.split(model))
