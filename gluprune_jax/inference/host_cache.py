@@ -51,23 +51,19 @@ class HostCache:
             return tuple(LayerCache(*part) for (part,) in filled)
         return tuple(LayerCache(*map(tuple, zip(*parts, strict=True))) for parts in filled)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        parts = [self._unreached, *(part for parts in self._layers for part in parts if part is not None)]
-        return sum(k.nbytes + v.nbytes for k, v in parts)
-
     def fill(self, row: int, prompt: tuple[LayerCache, ...], length: int) -> None:
         """Copies `length` tokens of a prompt into a row.
 
         Args:
           row: which.
-          prompt: layers `[1, K, S, H]`; S is at least the end of the part that `length` lies in.
+          prompt: layers `[1, K, S, H]`; of parts S holds all of those that are reached.
           length: at least 1.
         """
-        rows = self._unreached[0].shape[0]
+        rows, reached = self._unreached[0].shape[0], -(-length // self._part)
+        room = jax.tree.leaves(prompt)[0].shape[2]
+        assert not self._in_parts or reached * self._part <= room, "a slice of the prompt would begin too early"
         for parts, own in zip(self._layers, prompt, strict=True):
-            for i in range(-(-length // self._part)):
+            for i in range(reached):
                 part = parts[i] or self._empty_part(rows)
                 parts[i] = fill_part(part, own, np.int32(row), np.int32(i * self._part))
 

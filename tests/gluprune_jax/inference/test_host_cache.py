@@ -46,8 +46,6 @@ def reached(cache: HostCache) -> list[bool]:
     values = [layer.v for layer in cache.layers]
     assert all(isinstance(parts, tuple) for parts in values)
     shared = [len({id(part) for part in parts}) < LAYERS for parts in zip(*values, strict=True)]
-    size = 2 * 4 * values[0][0].size
-    assert cache.nbytes == size * (1 + LAYERS * (PARTS - sum(shared)))
     return [not is_shared for is_shared in shared]
 
 
