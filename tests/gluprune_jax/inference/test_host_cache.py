@@ -86,6 +86,18 @@ def test_tokens_lie_where_they_belong(lengths: list[int], writes: list[tuple[int
         np.testing.assert_array_equal(found[:, :, row, :, : ends[old]], expected[:, :, old, :, : ends[old]])
 
 
+@pytest.mark.parametrize("at", [0, PART - 6, PART - 5, PART - 1, PART, 2 * PART - 3, SIZE - 2, SIZE])
+def test_nothing_else_is_written(at: int) -> None:
+    """Six tokens of each row: of the second one within the first part, of the first one anywhere."""
+    cache, new = HostCache(CONFIG, 2, SIZE, jnp.float32), of_prompt(np.random.default_rng(at), 2, 6)
+    cache.write(layers_of(new), np.array([at, 3], np.int32))
+    expected = np.zeros((LAYERS, 2, 2, K, SIZE, H), np.float32)
+    expected[:, :, 0, :, at : at + 6] = new[:, :, 0, :, : SIZE - at]
+    expected[:, :, 1, :, 3:9] = new[:, :, 1]
+    np.testing.assert_array_equal(whole(cache), expected)
+    assert reached(cache) == [n == 0 or at < (n + 1) * PART and at + 6 > n * PART for n in range(PARTS)]
+
+
 @pytest.mark.parametrize("at", [0, 7, TOKENS_IN_PARTS])
 def test_long_sequences_lie_in_one_array(at: int) -> None:
     size, rng = 2 * TOKENS_IN_PARTS, np.random.default_rng(at)
