@@ -95,7 +95,7 @@ def test_nothing_else_is_written(at: int) -> None:
     expected[:, :, 0, :, at : at + 6] = new[:, :, 0, :, : SIZE - at]
     expected[:, :, 1, :, 3:9] = new[:, :, 1]
     np.testing.assert_array_equal(whole(cache), expected)
-    assert reached(cache) == [n == 0 or at < (n + 1) * PART and at + 6 > n * PART for n in range(PARTS)]
+    assert reached(cache) == [n == 0 or (at < (n + 1) * PART and at + 6 > n * PART) for n in range(PARTS)]
 
 
 @pytest.mark.parametrize("at", [0, 7, TOKENS_IN_PARTS])
