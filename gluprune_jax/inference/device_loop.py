@@ -30,7 +30,11 @@ STEPS_PER_CALL = 16
 
 
 class DeviceLoop:
-    """Sequences that are decoded together."""
+    """Sequences that are decoded together.
+
+    Args:
+      decoding: the model, and how to decode.
+    """
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding

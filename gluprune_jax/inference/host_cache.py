@@ -56,7 +56,7 @@ class HostCache:
 
         Args:
           row: which.
-          prompt: layers `[1, K, S, H]`; of parts S holds all of those that are reached.
+          prompt: layers `[1, K, S, H]`; S is at least the end of the last part that is reached.
           length: at least 1.
         """
         rows, reached = self._unreached[0].shape[0], -(-length // self._part)

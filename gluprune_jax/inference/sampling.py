@@ -18,12 +18,12 @@ _EOS_BUCKET = 8
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen; all numbers are arrays, so that none recompiles anything.
+    """How tokens are chosen; all numbers are arrays, so that no value of them recompiles anything.
 
     Attributes:
       eos_ids: `[E]` int32, tokens that end a sequence; -1 fills up.
-      temperature: float32, above 0; None takes the most likely token, by programs that cannot draw: to draw takes
-        four times as long to compile.
+      temperature: float32, above 0; None takes the most likely token (greedy decoding), by programs that cannot draw
+        and compile sooner.
       top_p: float32; the smallest set of most likely tokens that holds this probability is drawn from.
       seed: uint32. A draw depends on it, on the number of the prompt and on the position, and on nothing else:
         neither on the slot nor on what else is decoded.

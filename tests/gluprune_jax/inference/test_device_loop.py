@@ -16,11 +16,12 @@ from gluprune_jax.models.parameters import abstract_model
 
 @pytest.mark.parametrize("slots", [1, 8])
 @pytest.mark.parametrize("program", ["admit", "decode"])
-def test_the_cache_is_not_copied(slots: int, program: str) -> None:
+@pytest.mark.parametrize("temperature", [0, 1], ids=["greedy", "drawn"])
+def test_the_cache_is_not_copied(temperature: float, slots: int, program: str) -> None:
     """Temporary memory does not grow with the cache, which is changed in place."""
     config, _ = read_config(hf_config(max_position_embeddings=65536, num_hidden_layers=2))
     params = nnx.state(abstract_model(config), nnx.Param)
-    sampling = Sampling(np.full(8, -1, np.int32), np.float32(0), np.float32(1), np.uint32(0))
+    sampling = Sampling.of((), temperature, 1, 0)
     prompt = jax.eval_shape(lambda: KVCache.empty(config, 1, 2560, jnp.float32))
     hidden = jax.ShapeDtypeStruct((1, config.hidden_size), jnp.float32)
     temporary = []

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from tiny_models import hf_config
 
 from convert.huggingface.config import read_config
-from gluprune_jax.inference.host_cache import PART, TOKENS_IN_PARTS, HostCache, empty_part
+from gluprune_jax.inference.host_cache import PART, TOKENS_IN_PARTS, HostCache
 from gluprune_jax.models.cache import LayerCache
 
 CONFIG, _ = read_config(hf_config(num_hidden_layers=2))
@@ -119,4 +118,3 @@ def test_what_no_sequence_has_reached_is_never_written() -> None:
     cache.write(layers_of(of_prompt(np.random.default_rng(0), 2, 6)), np.array([PART - 3, SIZE], np.int32))
     assert not np.asarray(shared).any()
     assert cache.layers[1].v[2] is shared
-    assert jax.tree.leaves(empty_part(CONFIG, 2, PART, True, jnp.dtype("float32")))[1].shape == shared.shape
