@@ -3,7 +3,6 @@
 import atexit
 import ctypes
 import gc
-import importlib.metadata
 import os
 import sys
 import tempfile
@@ -12,18 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import quick_compiler
+
 # Before jax is imported: an accelerator that happens to be there would change the numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 if "GLUPRUNE_TEST_OPTIMIZED" not in os.environ:
     # The tests compile thousands of tiny programs and run each of them a few times: code that is not optimised costs a
     # quarter of the time. `make parity` and `make test-processes` compile as users do.
-    os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        " --xla_cpu_parallel_codegen_split_count=1"
-    )
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end the process over a flag they lack
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += f" {quick_compiler.FLAGS}"
 # What a command prints, here or in a process of its own, must not depend on how busy the machine is.
 os.environ["GLUPRUNE_PROGRESS_SECONDS"] = "inf"
 os.environ.setdefault(

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import quick_compiler
+
 HEARTBEAT = 10
 
 
@@ -15,6 +17,7 @@ def start(*argv: object, processes: int, environment: dict[str, str]) -> list[su
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     own = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    own["XLA_FLAGS"] = quick_compiler.FLAGS
     own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_DEFAULT_MATMUL_PRECISION": "highest"} | environment
     options = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
     options += ["--heartbeat-timeout", str(HEARTBEAT)]

@@ -385,6 +385,14 @@ def test_kept_neurons_are_those_of_optipfair(
         np.testing.assert_array_equal(ours, theirs)
 
 
+def logits_of(model: Decoder, tokens: list[int], longest: int) -> NDArray[np.float32]:
+    """Of every position of one sequence, `[T, V]`; one program, for `longest` tokens, serves sequences of all lengths."""
+    assert len(tokens) <= longest
+    padded = tokens + [0] * (longest - len(tokens))  # no token sees what comes after it
+    found: NDArray[np.float32] = logits(model, [padded])[0, : len(tokens)]
+    return found
+
+
 @pytest.mark.parametrize("name", ["gemma3", "mistral with a window", "olmo3", "phi3 with a window"])
 def test_generation_past_the_window_is_that_of_whole_sequences(name: str, folders: Callable[[str], Path]) -> None:
     """Token by token through the KV cache, as if each time all of it were computed anew."""
@@ -395,13 +403,13 @@ def test_generation_past_the_window_is_that_of_whole_sequences(name: str, folder
     (found,) = generate(model, [prompt], max_new_tokens=20)
     expected = list(prompt)
     for _ in range(20):
-        expected.append(int(np.argmax(logits(model, [expected])[0, -1])))
+        expected.append(int(np.argmax(logits_of(model, expected, longest=31)[-1])))
     assert list(found) == expected[len(prompt) :]
 
 
 def log_likelihood(model: Decoder, context: list[int], continuation: list[int]) -> float:
     """From the logits of the whole sequence at once."""
-    found = logits(model, [context + continuation])[0].astype(np.float64)
+    found = logits_of(model, context + continuation, longest=224).astype(np.float64)
     found -= np.log(np.exp(found - found.max(-1, keepdims=True)).sum(-1, keepdims=True)) + found.max(-1, keepdims=True)
     positions = np.arange(len(context), len(context) + len(continuation))
     return float(found[positions - 1, continuation].sum())

@@ -1,6 +1,7 @@
 """`config.json`: published ones are read right, ours are read right by transformers, and anything else is refused."""
 
 import dataclasses
+import functools
 import json
 import math
 import runpy
@@ -602,6 +603,7 @@ def test_the_tables_do_not_contradict_each_other() -> None:
         assert not (INERT_KEYS | family.inert | only) & convert.huggingface.config._OF_NO_CONCERN
 
 
+@functools.cache
 def installed_table() -> tuple[str, dict[str, dict[str, str]]]:
     """What `benchmarks/config_keys.py` derives from the installed transformers, and which one that is."""
     pytest.importorskip("transformers")
