@@ -386,7 +386,7 @@ def test_kept_neurons_are_those_of_optipfair(
 
 
 def logits_of(model: Decoder, tokens: list[int], longest: int) -> NDArray[np.float32]:
-    """Of every position of one sequence, `[T, V]`; one program, for `longest` tokens, serves sequences of all lengths."""
+    """Of every position of one sequence, `[T, V]`; one program, for `longest` tokens, serves all lengths."""
     assert len(tokens) <= longest
     padded = tokens + [0] * (longest - len(tokens))  # no token sees what comes after it
     found: NDArray[np.float32] = logits(model, [padded])[0, : len(tokens)]
