@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -340,33 +341,37 @@ def test_a_study_that_is_killed_twenty_times_is_that_of_an_unbroken_run(
     assert zygote.stdin is not None
     assert zygote.stdout is not None
 
-    def run_for(output: Path, seconds: float | None) -> int:
-        """Runs a study, kills it after some seconds, and returns its exit status."""
+    def run_for(output: Path, seconds: float = math.inf) -> tuple[int, float]:
+        """Runs a study, kills it if it takes longer, and returns its exit status and how many seconds it took."""
         assert zygote.stdin is not None
         assert zygote.stdout is not None
         zygote.stdin.write(json.dumps([str(log), *map(str, arguments(model, tasks, output, *what))]) + "\n")
         zygote.stdin.flush()
-        process = int(zygote.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):
+        process, begun = int(zygote.stdout.readline()), time.monotonic()
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            while time.monotonic() < begun + seconds < math.inf:
+                time.sleep(0.01)
+                os.kill(process, 0)
+            if seconds < math.inf:
                 os.kill(process, signal.SIGKILL)
-        return int(zygote.stdout.readline())
+        return int(zygote.stdout.readline()), time.monotonic() - begun
 
     with zygote:
-        assert run_for(whole, None) == 0, log.read_text()
+        assert run_for(whole)[0] == 0, log.read_text()
         shutil.rmtree(whole)
-        begun = time.monotonic()
-        assert run_for(whole, None) == 0, log.read_text()  # with all programs in the cache, as those that are killed
-        duration = time.monotonic() - begun
+        status, duration = run_for(whole)  # with all programs in the cache, as those that are killed
+        assert status == 0, log.read_text()
         rng, kills = random.Random(0), 0
         while kills < 20:
-            status = run_for(broken, rng.uniform(0.1, 0.9) * duration)
+            from_the_beginning = not broken.exists()
+            status, seconds = run_for(broken, rng.uniform(0.1, 0.9) * duration)
             assert status in (0, -signal.SIGKILL), log.read_text()
             kills += status != 0
             if status == 0:  # it was done before the kill came: again from the beginning, for more moments
                 shutil.rmtree(broken)
-        assert run_for(broken, None) == 0, log.read_text()
+                if from_the_beginning:  # the machine has less to do than it had when the time was taken
+                    duration = seconds
+        assert run_for(broken)[0] == 0, log.read_text()
         zygote.stdin.close()
     for name in ("study.json", *(f"tables/{path.name}" for path in (whole / "tables").iterdir())):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
