@@ -119,6 +119,7 @@ class KeptNeurons:
         self._weights, self._choice, self._count = iter(weights), choice, 0
         self._held: dict[tuple[int, str], NDArray[Any]] = {}
         self._lock = threading.Lock()  # writers ask on several threads
+        self._refused: Exception | None = None  # the others are told the same: what would follow is not theirs
 
     def matrix(self, mlp: int, name: str) -> NDArray[Any]:
         """A matrix of an MLP, by its index, cut to the neurons that are kept; each can be asked for once.
@@ -127,8 +128,14 @@ class KeptNeurons:
           OperationError: the files cannot be read; NaN or Inf.
         """
         with self._lock:
-            while (mlp, name) not in self._held:
-                self._choose_next()
+            if self._refused:
+                raise self._refused
+            try:
+                while (mlp, name) not in self._held:
+                    self._choose_next()
+            except Exception as error:
+                self._refused = error
+                raise
             return self._held.pop((mlp, name))
 
     def finish(self) -> None:
