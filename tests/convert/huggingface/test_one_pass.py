@@ -180,3 +180,15 @@ def test_every_byte_is_read_and_written_once(tmp_path: Path) -> None:
     sizes = {folder: sum(file.stat().st_size for file in (tmp_path / folder).iterdir()) for folder in ("model", "out")}
     assert read <= 1.03 * sizes["model"]
     assert written <= 1.01 * sizes["out"]
+
+
+def test_what_is_refused_once_is_refused_to_all_who_ask(tmp_path: Path) -> None:
+    """Files are written on several threads: another one must neither go on with what follows nor run out of it."""
+    tensors = hf_tensors(CONFIG)
+    last = CONFIG["num_hidden_layers"] - 1
+    tensors[f"model.layers.{last}.mlp.up_proj.weight"][0, 0] = np.nan
+    dense = opened(write_folder(tmp_path / "model", CONFIG, tensors))
+    kept = KeptNeurons(dense.mlp_weights(), Ranking(dense.config, "ppm", {"width": 8}))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        with pytest.raises(OperationError, match=rf"layers\.{last}\.mlp\.up_proj\.weight.*NaN or Inf"):
+            kept.matrix(last, name)
