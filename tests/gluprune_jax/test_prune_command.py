@@ -300,7 +300,7 @@ def test_the_demo_with_everything_measured(
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     out = tmp_path / "out"
     argv = ("--model", demo_folder, "--prune-percent", "40", "--output", out, "--random-baseline", "--seed", "3")
-    argv += ("--mesh", "data=1")  # eight simulated devices, which the others test, would compute for a minute
+    argv += ("--mesh", "data=1")  # eight simulated devices take five times as long
     argv += ("--eval-data", text, "--sequence-length", "64", "--eval-tokens", "128")
     done = report(capsys, *argv, "--sample", "What is the capital of France?", "--sample-tokens", "12")
     values = done["evaluation"]["perplexity"]
