@@ -243,12 +243,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1, help="pairs of runs; medians are reported")
     parser.add_argument("--peer-batch-sizes", default=str(PEER_BATCH), help="comma-separated; the best one counts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
-    parser.add_argument("--work", type=Path, help="folder for the checkpoint (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="where to make a temporary folder for the checkpoint")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     items = parse_items(args.items, args.tasks)
     sizes = tuple(int(size) for size in args.peer_batch_sizes.split(","))
     results: dict[str, Any] = {}
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         # In a process of its own: the kernel counts the memory of this one as that of its children before they start.
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -261,6 +263,8 @@ def main() -> None:
                 for side in SIDES[:: -1 if i % 2 else 1]:  # now one first, now the other
                     batches = PEER_BATCHES.get(name, sizes) if side == "lm_eval" else (PEER_BATCH,)
                     runs[side].append([measure(side, model, requests, batch, args.dtype) for batch in batches])
+                    best = min(run["seconds"] for run in runs[side][-1])
+                    print(f"{name}, pair {i + 1} of {args.pairs}: {side} {best:.1f} s", file=sys.stderr, flush=True)
             results[name] = {"items": counts[name][0], "requests": counts[name][1], **compare(runs)}
             ours, peer = (results[name][side]["seconds"] for side in SIDES)
             print(f"{name}: {ours:.1f} s, lm-eval {peer:.1f} s", file=sys.stderr, flush=True)

@@ -105,13 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--type", default="F16", choices=("F32", "F16", "BF16", "Q8_0"))
-    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="where to make a temporary folder for the files")
     parser.add_argument("--peer", type=Path, metavar="PROGRAM", help="llama.cpp's converter, to run beside ours")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="with a tokenizer, which --peer needs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.peer and not args.tokenizer:
         parser.error("--peer needs --tokenizer FOLDER: llama.cpp's converter ends without a tokenizer")
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         report = pairs(Path(work), args.pairs, args.type, args.peer, args.tokenizer)
     if args.json:

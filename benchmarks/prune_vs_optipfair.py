@@ -117,9 +117,11 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "llama-1b"), default="smollm2")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs; medians are reported")
     parser.add_argument("--baseline", type=Path, help="checkout of an older version, to compare with instead")
-    parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="where to make a temporary folder for the checkpoints")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         model = Path(work) / args.model
         # In a process of its own: the kernel counts the memory of this one as that of its children before they start.

@@ -145,9 +145,11 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3, help="pairs of runs")
     parser.add_argument("--expansion-ratio", default="2.4", help="of the pruned model; 3.5 before")
     parser.add_argument("--compare", action="store_true", help="instead: the 1B shapes, streamed and in memory")
-    parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="where to make a temporary folder for the checkpoints")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         report = compare(Path(work)) if args.compare else pairs(Path(work), args.pairs, args.expansion_ratio)
     if args.compare:
