@@ -14,9 +14,11 @@ as many prompts are run together as there are replicas, and all slots are decode
 where the model lies: `gluprune_jax.inference.device_loop`, or on one CPU `gluprune_jax.inference.host_loop`.
 """
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import chex
@@ -105,7 +107,7 @@ def generate(
     running: dict[int, int] = {}  # the number of the prompt in each slot
     total = 0
 
-    def decode_all(slots: int) -> None:
+    def decode_all(slots: int, prefill: "_Prefill") -> None:
         """Decodes with so many slots in each replica."""
         nonlocal total
         size = slots_for(longest + max_new_tokens)
@@ -113,12 +115,11 @@ def generate(
             config, params, replicas * slots, size, dtype, max_new_tokens, sampling=sampling, neuron_masks=neuron_masks
         )
         loop: DeviceLoop | HostLoop
-        if runs_by_layers():
+        if on_host := runs_by_layers():
             # To draw from many logits takes too long to draw for drafts in vain.
             loop = HostLoop(decoding, prompts, looks_up=prompt_lookup and sampling.temperature is None)
         else:
             loop = DeviceLoop(decoding)
-        prefill = _Prefill(config, params, KVCache.empty(config, replicas, cache_slots(longest), dtype), mesh)
         while waiting or running:
             firsts: dict[int, int] = {}
             while waiting and len(running) < replicas * slots:
@@ -136,6 +137,8 @@ def generate(
                         slot_of[replica], number_of[replica] = fresh[replica]
                     chosen = loop.admit(prefill.cache, hidden, slot_of, number_of)
                     firsts |= {replica * slots + fresh[replica][0]: int(chosen[replica]) for replica in done}
+                if on_host and waiting:
+                    prefill.begin({0: prompts[waiting[-1]]}, neuron_masks)
             if not waiting:
                 prefill.close()
             new = loop.decode(is_last=not waiting)
@@ -165,7 +168,9 @@ def generate(
     while waiting or running:
         try:
             with use_mesh(mesh):
-                decode_all(slots)
+                cache = KVCache.empty(config, replicas, cache_slots(longest), dtype)
+                with contextlib.closing(_Prefill(config, params, cache, mesh)) as prefill:
+                    decode_all(slots, prefill)
         except Exception as error:
             # What one process has no memory for, the others go on with.
             if not is_out_of_memory(error) or slots == 1 or jax.process_count() > 1:
@@ -188,22 +193,38 @@ class _Prefill:
         replicas = cache.lengths.shape[0]
         self._held: list[list[Chunk]] = [[] for _ in range(replicas)]  # the chunks in each row of the cache
         self._filled = np.zeros(replicas, np.int32)
+        self._thread, self._is_closed = ThreadPoolExecutor(1), False
+        self._begun: Future[list[tuple[list[int], Array]]] | None = None
+
+    def begin(self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None) -> None:
+        """Begins, on a thread of its own, what `run` will be asked for next, and nothing else until then.
+
+        This is for a CPU: its cores stand still for a third of the time in which a few tokens are decoded, and two
+        programs may run at once.
+        """
+        self._begun = self._thread.submit(lambda: list(self._run(prompts, neuron_masks)))
 
     def run(
         self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None
-    ) -> Iterator[tuple[list[int], Array]]:
-        """Runs a prompt in each of some replicas.
+    ) -> Iterable[tuple[list[int], Array]]:
+        """Runs a prompt in each of some replicas; waits for what was begun.
 
-        Yields:
+        Returns:
           The replicas whose prompt has been run, and the hidden states `[R, D]` of their last tokens.
         """
+        begun, self._begun = self._begun, None
+        return begun.result() if begun else self._run(prompts, neuron_masks)
+
+    def _run(
+        self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None
+    ) -> Iterator[tuple[list[int], Array]]:
         todo: dict[int, deque[Chunk]] = {}
         for replica, prompt in prompts.items():
             parts = chunks(prompt)
             todo[replica] = deque(parts[_shared(parts[:-1], self._held[replica]) :])
             self._held[replica] = parts
             self._filled[replica] = todo[replica][0].start
-        while todo:
+        while todo and not self._is_closed:
             size = next(iter(todo.values()))[0].tokens.shape[1]
             now = {r: parts.popleft() for r, parts in todo.items() if parts[0].tokens.shape[1] == size}
             tokens, counts = np.zeros((len(self._filled), size), np.int32), np.zeros_like(self._filled)
@@ -219,7 +240,9 @@ class _Prefill:
             todo = {replica: parts for replica, parts in todo.items() if parts}
 
     def close(self) -> None:
-        """Gives its memory back: no prompt is run any more."""
+        """Gives its memory back: no prompt is run any more, one that was begun not beyond the chunk it has come to."""
+        self._is_closed = True
+        self._thread.shutdown(cancel_futures=True)
         self.cache = self.cache._replace(layers=())
 
 
