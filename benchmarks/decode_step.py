@@ -1,11 +1,12 @@
-"""Seconds per decoded token and of prefill, of this tree and of another one, in alternating pairs of processes.
+"""Seconds per decoded token, of prefill and of a run of both, of this tree and of another one, in alternating pairs.
 
     git worktree add /tmp/before COMMIT && python benchmarks/decode_step.py --against /tmp/before
 
 The demo model in float32 continues equal prompts (`--slots` of `--context` tokens, greedily) with `generate`, whose
 callback is the clock, read every 16 tokens: the first 17, with compilation and prompts, are left out. Prefill is of 512
-tokens behind 512 others. Wall and CPU seconds (medians of `--calls` calls, of prefill four times as many, and of
-`--pairs` pairs); beside other work the CPU seconds are steadier.
+tokens behind 512 others. The run of both is of twice as many prompts as slots, which share nothing and end after 16 to
+79 tokens. Each tree has a process of its own in each pair. Wall and CPU seconds (medians of `--calls` calls, of prefill
+four times as many, of one run, and of `--pairs` pairs); beside other work the CPU seconds are steadier.
 """
 
 import argparse
@@ -56,18 +57,35 @@ for _ in range(4 * calls + 1):
     before = time.perf_counter(), time.process_time()
     jax.block_until_ready(extend(model.config, params, cache, tokens, None)[0])
     prefills.append([time.perf_counter() - before[0], time.process_time() - before[1]])
-print(json.dumps({"steps": steps, "prefills": prefills[1:], "tokens": texts[0]}))
+prompts = np.random.default_rng(1).integers(1000, 40000, (2 * slots, context + 1)).tolist()
+most, before = 16 * calls + 17, (time.perf_counter(), time.process_time())
+texts += generate(
+    model,
+    prompts,
+    max_new_tokens=most,
+    slots=slots,
+    should_stop=lambda tokens: len(tokens) > 15 + tokens[0] % (most - 17),
+    **options,
+)
+run = [time.perf_counter() - before[0], time.process_time() - before[1]]
+# The loop of earlier trees asks `should_stop` every 16 tokens.
+texts[slots:] = [tokens[: 16 + tokens[0] % (most - 17)] for tokens in texts[slots:]]
+print(json.dumps({"steps": steps, "prefills": prefills[1:], "runs": [run], "tokens": texts}))
 """
+
+ROWS = ("wall, ms a step", "CPU, ms a step", "prefill, wall, ms", "prefill, CPU, ms", "run, wall, ms", "run, CPU, ms")
 
 
 class Decoded(NamedTuple):
-    """What a tree did: wall and CPU seconds of a step and of a prefill (medians), and the tokens."""
+    """What a tree did: wall and CPU seconds of a step, of a prefill (medians) and of a run, and all tokens."""
 
     wall: float
     cpu: float
     prefill_wall: float
     prefill_cpu: float
-    tokens: list[int]
+    run_wall: float
+    run_cpu: float
+    tokens: list[list[int]]
 
 
 def measure(tree: Path, args: argparse.Namespace) -> Decoded:
@@ -75,7 +93,8 @@ def measure(tree: Path, args: argparse.Namespace) -> Decoded:
     environment = os.environ | {"PYTHONPATH": str(tree)}
     result = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])
-    medians = [statistics.median(values) for key in ("steps", "prefills") for values in zip(*found[key], strict=True)]
+    laps = (values for key in ("steps", "prefills", "runs") for values in zip(*found[key], strict=True))
+    medians = [statistics.median(values) for values in laps]
     return Decoded(*medians, found["tokens"])
 
 
@@ -92,12 +111,13 @@ def main() -> None:
     for _ in range(args.pairs):
         pairs.append((measure(args.against.resolve(), args), measure(here, args)))
         print(
-            *("{:.4f} s, CPU {:.4f}; prefill {:.4f} s, CPU {:.4f}".format(*side) for side in pairs[-1]), file=sys.stderr
+            *("{:.4f} s, CPU {:.4f}; prefill {:.4f}, {:.4f}; run {:.1f}, {:.1f}".format(*side) for side in pairs[-1]),
+            file=sys.stderr,
         )
     table = Table(title=f"{args.slots} sequences, {args.context} tokens before them", title_justify="left")
     for heading in ("", "before", "now", "ratio (smallest to largest)"):
         table.add_column(heading)
-    for i, name in enumerate(("wall, ms a step", "CPU, ms a step", "prefill, wall, ms", "prefill, CPU, ms")):
+    for i, name in enumerate(ROWS):
         before, now = ([1e3 * pair[j][i] for pair in pairs] for j in (0, 1))
         ratios = sorted(b / a for a, b in zip(before, now, strict=True))
         cells = f"{statistics.median(before):.1f}", f"{statistics.median(now):.1f}"

@@ -11,7 +11,9 @@ next prompt begins with stays there and is not run again.
 
 On a mesh each replica has its own slots and its own cache for prompts, and all replicas do the same at the same time:
 as many prompts are run together as there are replicas, and all slots are decoded together. Who decodes them depends on
-where the model lies: `gluprune_jax.inference.device_loop`, or on one CPU `gluprune_jax.inference.host_loop`.
+where the model lies: `gluprune_jax.inference.device_loop`, or on one CPU `gluprune_jax.inference.host_loop`. There the
+next prompt is run on a thread while those before it are decoded; a slot is filled after the same token however long
+that takes, so that a run gives the same bits every time.
 """
 
 import contextlib
