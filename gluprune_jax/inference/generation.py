@@ -170,8 +170,8 @@ def generate(
     while waiting or running:
         try:
             with use_mesh(mesh):
-                cache = KVCache.empty(config, replicas, cache_slots(longest), dtype)
-                with contextlib.closing(_Prefill(config, params, cache, mesh)) as prefill:
+                prefill = _Prefill(config, params, KVCache.empty(config, replicas, cache_slots(longest), dtype), mesh)
+                with contextlib.closing(prefill):
                     decode_all(slots, prefill)
         except Exception as error:
             # What one process has no memory for, the others go on with.
@@ -204,7 +204,7 @@ class _Prefill:
         This is for a CPU: its cores stand still for a third of the time in which a few tokens are decoded, and two
         programs may run at once.
         """
-        self._begun = self._thread.submit(lambda: list(self._run(prompts, neuron_masks)))
+        self._begun = self._thread.submit(lambda: list(self._run(prompts, neuron_masks, keeps_pace=True)))
 
     def run(
         self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None
@@ -215,10 +215,16 @@ class _Prefill:
           The replicas whose prompt has been run, and the hidden states `[R, D]` of their last tokens.
         """
         begun, self._begun = self._begun, None
-        return begun.result() if begun else self._run(prompts, neuron_masks)
+        try:
+            return begun.result() if begun else self._run(prompts, neuron_masks)
+        finally:
+            del begun  # an error of it would hold this frame, and so itself and all caches until a garbage collection
 
     def _run(
-        self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        neuron_masks: tuple[ArrayLike, ...] | None,
+        keeps_pace: bool = False,
     ) -> Iterator[tuple[list[int], Array]]:
         todo: dict[int, deque[Chunk]] = {}
         for replica, prompt in prompts.items():
@@ -237,6 +243,8 @@ class _Prefill:
             hidden, new = extend(self._config, self._params, cache, placed, neuron_masks)
             self.cache = append(cache, new, counts)
             self._filled += counts
+            if keeps_pace:  # programs wait in one line, of 32 on a CPU, and those of decoding would stand behind many
+                hidden.block_until_ready()
             if done := [replica for replica in now if not todo[replica]]:
                 yield done, last_hidden(hidden, np.maximum(counts - 1, 0))
             todo = {replica: parts for replica, parts in todo.items() if parts}
@@ -245,6 +253,7 @@ class _Prefill:
         """Gives its memory back: no prompt is run any more, one that was begun not beyond the chunk it has come to."""
         self._is_closed = True
         self._thread.shutdown(cancel_futures=True)
+        self._begun = None
         self.cache = self.cache._replace(layers=())
 
 

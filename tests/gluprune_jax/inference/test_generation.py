@@ -633,9 +633,8 @@ def test_prompts_need_no_memory_when_none_waits(long_model: Decoder) -> None:
 
     generate(long_model, prompts, max_new_tokens=STEPS, slots=2, on_tokens=look)
     layers = long_model.config.num_hidden_layers
-    assert found[0] == 2 * layers
-    assert found[-1] == 0
-    assert set(found) == {2 * layers, 0}
+    assert max(found) == 2 * layers  # now and then fewer, while the next prompt is run: what is donated does not count
+    assert found[-2:] == [0, 0]
 
 
 # ----------------------------------------------------------------------------------------------- a real model
