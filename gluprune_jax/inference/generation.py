@@ -11,16 +11,12 @@ next prompt begins with stays there and is not run again.
 
 On a mesh each replica has its own slots and its own cache for prompts, and all replicas do the same at the same time:
 as many prompts are run together as there are replicas, and all slots are decoded together. Who decodes them depends on
-where the model lies: `gluprune_jax.inference.device_loop`, or on one CPU `gluprune_jax.inference.host_loop`. There the
-next prompt is run on a thread while those before it are decoded; a slot is filled after the same token however long
-that takes, so that a run gives the same bits every time.
+where the model lies: `gluprune_jax.inference.device_loop`, or on one CPU `gluprune_jax.inference.host_loop`.
 """
 
-import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -109,7 +105,7 @@ def generate(
     running: dict[int, int] = {}  # the number of the prompt in each slot
     total = 0
 
-    def decode_all(slots: int, prefill: "_Prefill") -> None:
+    def decode_all(slots: int) -> None:
         """Decodes with so many slots in each replica."""
         nonlocal total
         size = slots_for(longest + max_new_tokens)
@@ -117,11 +113,12 @@ def generate(
             config, params, replicas * slots, size, dtype, max_new_tokens, sampling=sampling, neuron_masks=neuron_masks
         )
         loop: DeviceLoop | HostLoop
-        if on_host := runs_by_layers():
+        if runs_by_layers():
             # To draw from many logits takes too long to draw for drafts in vain.
             loop = HostLoop(decoding, prompts, looks_up=prompt_lookup and sampling.temperature is None)
         else:
             loop = DeviceLoop(decoding)
+        prefill = _Prefill(config, params, KVCache.empty(config, replicas, cache_slots(longest), dtype), mesh)
         while waiting or running:
             firsts: dict[int, int] = {}
             while waiting and len(running) < replicas * slots:
@@ -139,8 +136,6 @@ def generate(
                         slot_of[replica], number_of[replica] = fresh[replica]
                     chosen = loop.admit(prefill.cache, hidden, slot_of, number_of)
                     firsts |= {replica * slots + fresh[replica][0]: int(chosen[replica]) for replica in done}
-                if on_host and waiting:
-                    prefill.begin({0: prompts[waiting[-1]]}, neuron_masks)
             if not waiting:
                 prefill.close()
             new = loop.decode(is_last=not waiting)
@@ -170,9 +165,7 @@ def generate(
     while waiting or running:
         try:
             with use_mesh(mesh):
-                prefill = _Prefill(config, params, KVCache.empty(config, replicas, cache_slots(longest), dtype), mesh)
-                with contextlib.closing(prefill):
-                    decode_all(slots, prefill)
+                decode_all(slots)
         except Exception as error:
             # What one process has no memory for, the others go on with.
             if not is_out_of_memory(error) or slots == 1 or jax.process_count() > 1:
@@ -195,44 +188,22 @@ class _Prefill:
         replicas = cache.lengths.shape[0]
         self._held: list[list[Chunk]] = [[] for _ in range(replicas)]  # the chunks in each row of the cache
         self._filled = np.zeros(replicas, np.int32)
-        self._thread, self._is_closed = ThreadPoolExecutor(1), False
-        self._begun: Future[list[tuple[list[int], Array]]] | None = None
-
-    def begin(self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None) -> None:
-        """Begins, on a thread of its own, what `run` will be asked for next, and nothing else until then.
-
-        This is for a CPU: its cores stand still for a third of the time in which a few tokens are decoded, and two
-        programs may run at once.
-        """
-        self._begun = self._thread.submit(lambda: list(self._run(prompts, neuron_masks, keeps_pace=True)))
 
     def run(
         self, prompts: Mapping[int, Sequence[int]], neuron_masks: tuple[ArrayLike, ...] | None
-    ) -> Iterable[tuple[list[int], Array]]:
-        """Runs a prompt in each of some replicas; waits for what was begun.
+    ) -> Iterator[tuple[list[int], Array]]:
+        """Runs a prompt in each of some replicas.
 
-        Returns:
+        Yields:
           The replicas whose prompt has been run, and the hidden states `[R, D]` of their last tokens.
         """
-        begun, self._begun = self._begun, None
-        try:
-            return begun.result() if begun else self._run(prompts, neuron_masks)
-        finally:
-            del begun  # an error of it would hold this frame, and so itself and all caches until a garbage collection
-
-    def _run(
-        self,
-        prompts: Mapping[int, Sequence[int]],
-        neuron_masks: tuple[ArrayLike, ...] | None,
-        keeps_pace: bool = False,
-    ) -> Iterator[tuple[list[int], Array]]:
         todo: dict[int, deque[Chunk]] = {}
         for replica, prompt in prompts.items():
             parts = chunks(prompt)
             todo[replica] = deque(parts[_shared(parts[:-1], self._held[replica]) :])
             self._held[replica] = parts
             self._filled[replica] = todo[replica][0].start
-        while todo and not self._is_closed:
+        while todo:
             size = next(iter(todo.values()))[0].tokens.shape[1]
             now = {r: parts.popleft() for r, parts in todo.items() if parts[0].tokens.shape[1] == size}
             tokens, counts = np.zeros((len(self._filled), size), np.int32), np.zeros_like(self._filled)
@@ -243,17 +214,12 @@ class _Prefill:
             hidden, new = extend(self._config, self._params, cache, placed, neuron_masks)
             self.cache = append(cache, new, counts)
             self._filled += counts
-            if keeps_pace:  # programs wait in one line, of 32 on a CPU, and those of decoding would stand behind many
-                hidden.block_until_ready()
             if done := [replica for replica in now if not todo[replica]]:
                 yield done, last_hidden(hidden, np.maximum(counts - 1, 0))
             todo = {replica: parts for replica, parts in todo.items() if parts}
 
     def close(self) -> None:
-        """Gives its memory back: no prompt is run any more, one that was begun not beyond the chunk it has come to."""
-        self._is_closed = True
-        self._thread.shutdown(cancel_futures=True)
-        self._begun = None
+        """Gives its memory back: no prompt is run any more."""
         self.cache = self.cache._replace(layers=())
 
 

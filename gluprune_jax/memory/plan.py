@@ -207,8 +207,7 @@ def _itemsize(model: Decoder) -> int:
 
 
 def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluation, itemsize: int) -> int:
-    """The masks, hidden states of three batches, and the largest of four programs; on one CPU the second and the
-    last, which run side by side there, count together:
+    """The masks, hidden states of three batches, and the largest of four programs:
 
     - rows: of one layer, the residual stream (6 arrays, 2 of them float32) and the larger of 3 arrays of the MLP's
       width and of what attention holds: queries, keys and values, 3 arrays of float32 scores of a block of 256 keys,
@@ -235,8 +234,7 @@ def _evaluation_workspace(config: ModelConfig, mesh: AbstractMesh, use: Evaluati
     in_decoding = layer(slots, 1) + steps + block + 16 * logits(use.slots, "batch", None, None)
     hidden = (BATCHES_IN_FLIGHT + 1) * _bytes(mesh, ("batch", None, None), (rows, chunk, D), itemsize)
     masks = 4 * sum(config.stored_intermediate_sizes)
-    in_generation = in_chunk + in_decoding if use.on_cpu and mesh.size == 1 else max(in_chunk, in_decoding)
-    return masks + hidden + max(in_rows, in_scoring, in_generation)
+    return masks + hidden + max(in_rows, in_chunk, in_scoring, in_decoding)
 
 
 def _layer_workspace(config: ModelConfig, mesh: AbstractMesh, itemsize: int, rows: int, tokens: int, keys: int) -> int:

@@ -24,11 +24,9 @@ def compiled() -> Iterator[list[tuple[str, str]]]:
     propagates = logger.propagate
     logger.addHandler(listening)
     logger.propagate = False  # nobody wants to read it
-    before = jax.config.jax_log_compiles
-    jax.config.update("jax_log_compiles", True)  # for all threads: `jax.log_compiles` would be for this one
     try:
-        yield found
+        with jax.log_compiles():
+            yield found
     finally:
-        jax.config.update("jax_log_compiles", before)
         logger.removeHandler(listening)
         logger.propagate = propagates
