@@ -5,9 +5,10 @@
 The demo model in float32 continues equal prompts (`--slots` of `--context` tokens, greedily) with `generate`, whose
 callback is the clock, read every 16 tokens: the first 17, with compilation and prompts, are left out. Prefill is of 512
 tokens behind 512 others. The run of both is of twice as many prompts as slots, which share nothing and end after 16 to
-79 tokens (with 4 calls; a tree whose loop asks every 16 tokens decodes up to 15 more). Each tree has a process of its
-own in each pair. Wall and CPU seconds (medians of `--calls` calls, of prefill four times as many, of one run, and of
-`--pairs` pairs); beside other work the CPU seconds are steadier.
+79 tokens (with 4 calls; a tree whose loop asks every 16 tokens decodes up to 15 more); programs for fewer rows, which
+the last of them need, are compiled in it. Each tree has a process of its own in each pair. Wall and CPU seconds
+(medians of `--calls` calls, of prefill four times as many, of one run, and of `--pairs` pairs); beside other work the
+CPU seconds are steadier.
 """
 
 import argparse
@@ -59,18 +60,20 @@ for _ in range(4 * calls + 1):
     jax.block_until_ready(extend(model.config, params, cache, tokens, None)[0])
     prefills.append([time.perf_counter() - before[0], time.process_time() - before[1]])
 prompts = np.random.default_rng(1).integers(1000, 40000, (2 * slots, context + 1)).tolist()
-most, before = 16 * calls + 17, (time.perf_counter(), time.process_time())
+most = 16 * calls + 17
+end = lambda tokens: 16 + tokens[0] % (most - 17)
+before = time.perf_counter(), time.process_time()
 texts += generate(
     model,
     prompts,
     max_new_tokens=most,
     slots=slots,
-    should_stop=lambda tokens: len(tokens) > 15 + tokens[0] % (most - 17),
+    should_stop=lambda tokens: len(tokens) >= end(tokens),
     **options,
 )
 run = [time.perf_counter() - before[0], time.process_time() - before[1]]
 # The loop of earlier trees asks `should_stop` every 16 tokens.
-texts[slots:] = [tokens[: 16 + tokens[0] % (most - 17)] for tokens in texts[slots:]]
+texts[slots:] = [tokens[: end(tokens)] for tokens in texts[slots:]]
 print(json.dumps({"steps": steps, "prefills": prefills[1:], "runs": [run], "tokens": texts}))
 """
 
