@@ -1,8 +1,10 @@
 """Orbax checkpoints: bit for bit, self-describing, and one sentence when something is wrong with one."""
 
+import asyncio
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -462,11 +464,38 @@ def test_damage_that_orbax_finds_by_itself_keeps_the_terminal_clean(saved: Path)
         [sys.executable, "-W", "always", "-c", code, saved], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if "closed" in line or "awaited" in line] == []
-    assert "the above exception" not in done.stderr.lower() or "OperationError" in done.stderr
+    assert [line for line in done.stderr.splitlines() if re.search("closed|awaited|ignored", line)] == []
     message = done.stderr.splitlines()[-1].partition(": ")[2]
-    assert message.startswith(f"the checkpoint {saved} is damaged or cannot be read: ")
+    assert message.startswith(f"the checkpoint {saved} is damaged or cannot be read: "), done.stderr
     assert len(message) <= 500
+
+
+# What Orbax does with a read that is under way when its event loop ends: the end of the coroutine is an error to it.
+ABANDONED_READ = """
+async def read(array):
+    try:
+        await array
+    except BaseException as error:
+        raise Exception("Encountered error while reading") from error
+"""
+
+
+@pytest.mark.parametrize(("file", "reported"), [(ocp.__file__, []), (__file__, ["Encountered error while reading"])])
+def test_only_reads_of_orbax_are_given_up_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, file: str, reported: list[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: said.append(str(unraisable.exc_value)))
+    with orbax_files.calling_orbax("cannot be read"):
+        pass
+    loop = asyncio.new_event_loop()
+    names: dict[str, Any] = {}
+    exec(compile(ABANDONED_READ, file, "exec"), names)
+    read = names["read"](asyncio.Future(loop=loop))
+    read.send(None)
+    del read
+    loop.close()
+    assert said == reported
 
 
 def test_unfinished_writing(saved: Path) -> None:
