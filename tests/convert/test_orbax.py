@@ -465,8 +465,9 @@ def test_damage_that_orbax_finds_by_itself_keeps_the_terminal_clean(saved: Path)
     )
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if re.search("closed|awaited|ignored", line)] == []
-    message = done.stderr.splitlines()[-1].partition(": ")[2]
-    assert message.startswith(f"the checkpoint {saved} is damaged or cannot be read: "), done.stderr
+    error, _, message = done.stderr.splitlines()[-1].partition(": ")
+    assert error == "gluprune_jax.errors.OperationError", done.stderr
+    assert message.startswith(f"the checkpoint {saved} is damaged or cannot be read: ")
     assert len(message) <= 500
 
 
